@@ -1,0 +1,402 @@
+"""Mask-image generation (Section 2.3): an image diffusion UNet and its ControlNet copy, in pixel space.
+
+    python controlnet.py train-base data/train.npz --attribute race --out base.pt
+    python controlnet.py train-control data/train.npz base.pt --out control.pt
+    python controlnet.py sample control.pt masks.npz --out synthetic.npz
+    python controlnet.py agree judge.pt synthetic.npz data/test.npz --out agreement.csv
+
+The base learns what images of a group look like. The ControlNet (Zhang et al. 2023) is a trainable copy of
+its encoder that also sees the mask and speaks to the base through 1x1 convolutions that start at zero (Eq.
+5), so that training begins at the base and not at noise. They learn all the same: a zero convolution's output
+is zero, but its gradient, the input times the error, is not; one step later it passes gradient on to
+everything before it.
+
+STUB_EXPECT
+"""
+import copy
+import csv
+import math
+import sys
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from fairdiff import (
+    ATTRIBUTE_NAMES,
+    EMA,
+    InputError,
+    Parser,
+    autocast,
+    fingerprint,
+    group_codes,
+    known_groups,
+    load_checkpoint,
+    load_set,
+    outline,
+    pick_device,
+    replacing,
+    resume,
+    run_command,
+    save_set,
+    save_sheet,
+    save_training,
+)
+from fairness import dice
+from pointdiff import DDPM, timestep_embedding
+from transunet import check_size, load_segmenter, segment
+
+# B batch, C channels, H W image, h w features, G groups, T diffusion steps.
+
+HELP_BASE = "run `python controlnet.py train-base SET.npz --out base.pt` first"
+HELP_CONTROL = "run `python controlnet.py train-control SET.npz base.pt --out control.pt` first"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Network: the base UNet
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions with a residual path; step and group enter as scale and shift between them."""
+
+    def __init__(self, cin, cout, emb):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(8, cin), nn.Conv2d(cin, cout, 3, padding=1)
+        self.film = nn.Linear(emb, 2 * cout)
+        self.norm2, self.conv2 = nn.GroupNorm(8, cout), nn.Conv2d(cout, cout, 3, padding=1)
+        self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)                            # every block starts as its residual path
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x, emb):
+        y = self.conv1(F.silu(self.norm1(x)))                           # (B, cout, h, w)
+        scale, shift = self.film(emb)[..., None, None].chunk(2, 1)      # (B, cout, 1, 1) each
+        y = self.norm2(y) * (1 + scale) + shift
+        return self.skip(x) + self.conv2(F.silu(y))                     # (B, cout, h, w)
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels of the coarsest grid, where a look around is cheap."""
+
+    def __init__(self, dim, heads=4):
+        super().__init__()
+        self.heads, self.norm = heads, nn.GroupNorm(8, dim)
+        self.qkv, self.out = nn.Conv2d(dim, 3 * dim, 1), nn.Conv2d(dim, dim, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x):
+        b, c, h, w = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(b, 3, self.heads, -1, h * w).transpose(3, 4).unbind(1)
+        y = F.scaled_dot_product_attention(q, k, v)                     # (B, heads, hw, C/heads)
+        return x + self.out(y.transpose(2, 3).reshape(b, c, h, w))
+
+
+class Encoder(nn.Module):
+    """The half of the UNet that reads: image, step and group in; one skip a level and the middle out."""
+
+    def __init__(self, n_groups, widths, patch, emb):
+        super().__init__()
+        self.time = nn.Sequential(nn.Linear(widths[0], emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.group = nn.Embedding(n_groups + 1, emb)                 # row 0 is the null embedding of group -1
+        self.stem = nn.Sequential(nn.PixelUnshuffle(patch), nn.Conv2d(patch * patch, widths[0], 3, padding=1))
+        self.blocks = nn.ModuleList(ResBlock(c, c, emb) for c in widths)
+        self.downs = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(widths, widths[1:], strict=False))
+        self.mid1, self.attention = ResBlock(widths[-1], widths[-1], emb), Attention(widths[-1])
+        self.mid2 = ResBlock(widths[-1], widths[-1], emb)
+        self.dim = widths[0]
+
+    def forward(self, x, t, group, hint=0):
+        emb = F.silu(self.time(timestep_embedding(t, self.dim)) + self.group(group + 1))         # (B, emb)
+        h = self.stem(x) + hint                                         # (B, C0, H/p, W/p)
+        skips = []
+        for i, block in enumerate(self.blocks):
+            h = block(h if i == 0 else self.downs[i - 1](h), emb)       # (B, Ci, H/p/2^i, W/p/2^i)
+            skips.append(h)
+        h = self.mid2(self.attention(self.mid1(h, emb)), emb)           # (B, C_last, coarsest)
+        return skips, h, emb
+
+
+class Decoder(nn.Module):
+    """The half that writes: from the middle up, taking the skip of each level, to an image."""
+
+    def __init__(self, widths, patch, emb):
+        super().__init__()
+        self.blocks = nn.ModuleList(ResBlock(2 * c, c, emb) for c in widths)
+        self.ups = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in zip(widths, widths[1:], strict=False))
+        self.leave = nn.Sequential(nn.GroupNorm(8, widths[0]), nn.SiLU(),
+                                   nn.Conv2d(widths[0], patch * patch, 3, padding=1), nn.PixelShuffle(patch))
+
+    def forward(self, skips, h, emb):
+        for i in reversed(range(len(self.blocks))):
+            h = self.blocks[i](torch.cat([h, skips[i]], 1), emb)        # (B, Ci, H/p/2^i, W/p/2^i)
+            if i:                                                # narrow first, then enlarge: four times less
+                h = F.interpolate(self.ups[i - 1](h), scale_factor=2, mode="nearest")
+        return self.leave(h)                                            # (B, 1, H, W)
+
+
+class UNet(nn.Module):
+    """Group-conditional image denoiser: x (B,1,H,W) in [-1,1], t long (B,), group long (B,), -1 unknown ->
+(B,1,H,W).
+
+    patch: side of the pixel-unshuffle that folds p x p pixels into channels before the first convolution;
+    widths: channels a level; H and W divisible by patch * 2^(levels - 1).
+    """
+
+    def __init__(self, n_groups, widths=(32, 64, 96), patch=2, emb=128):
+        super().__init__()
+        self.encoder, self.decoder = Encoder(n_groups, widths, patch, emb), Decoder(widths, patch, emb)
+        self.widths, self.patch = widths, patch
+
+    def forward(self, x, t, group):
+        return self.decoder(*self.encoder(x, t, group))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Network: the ControlNet (Eq. 5)
+
+def zero_conv(channels):
+    """Z(.; .) of Eq. 5: a 1x1 convolution whose weight and bias start at zero."""
+    conv = nn.Conv2d(channels, channels, 1)
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+class ControlNet(nn.Module):
+    """y_c = F(x; Phi) + Z(F(x + Z(c; Phi_z1); Phi_c); Phi_z2), Eq. 5, around a trained UNet.
+
+    forward(x (B,1,H,W), t, group, mask long (B,H,W) with labels 0, 1, 2) -> (B,1,H,W). The base's encoder is
+    frozen; its decoder is trained along unless lock. At initialisation the output is the base's, bit for bit.
+    """
+
+    def __init__(self, base, lock=False):
+        super().__init__()
+        self.base = base
+        self.copy = copy.deepcopy(base.encoder)                         # Phi_c
+        w, p = base.widths, base.patch
+        self.hint = nn.Sequential(nn.PixelUnshuffle(p), nn.Conv2d(3 * p * p, w[0], 3, padding=1), nn.SiLU(),
+                                  nn.Conv2d(w[0], w[0], 3, padding=1), nn.SiLU())       # c_f = E(c_i)
+        self.z1 = zero_conv(w[0])                                       # Phi_z1
+        self.z2 = nn.ModuleList(zero_conv(c) for c in (*w, w[-1]))    # Phi_z2: one a skip, one for the middle
+        base.encoder.requires_grad_(False)
+        base.decoder.requires_grad_(not lock)
+
+    def forward(self, x, t, group, mask):
+        c = F.one_hot(mask, 3).movedim(-1, 1).to(x.dtype)               # (B, 3, H, W)
+        with torch.no_grad():
+            skips, h, emb = self.base.encoder(x, t, group)              # F(x; Phi)
+        more, h_c, _ = self.copy(x, t, group, self.z1(self.hint(c)))    # F(x + Z(c; Phi_z1); Phi_c)
+        skips = [s + z(m) for s, z, m in zip(skips, self.z2, more, strict=False)]
+        return self.base.decoder(skips, h + self.z2[-1](h_c), emb)      # Eq. 5 at every level
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training
+
+SAVE_EVERY = 200                                        # steps between checkpoints: every 20 s on a laptop
+
+
+def build(config):
+    """The network that a checkpoint's config describes, and its diffusion."""
+    net = UNet(len(config["groups"]), tuple(config["widths"]), config["patch"])
+    if config["kind"] == "control":
+        net = ControlNet(net, config["lock"])
+    return net, DDPM(config["T"])
+
+
+def train(args):
+    """Train the base UNet (train-base) or the ControlNet around it (train-control)."""
+    device, dtype = pick_device(args.device)
+    data = load_set(args.set)
+    control = args.command == "train-control"
+    state = load_checkpoint(args.base, "base", HELP_BASE) if control else None
+    attribute = state["config"]["attribute"] if control else args.attribute
+    code, names = known_groups(data, attribute)
+    shared = state["config"] if control else {"widths": [args.width, 2 * args.width, 3 * args.width],
+                                              "patch": args.patch or max(2, data["image"].shape[1] // 32)}
+    config = {"kind": "control" if control else "base", "attribute": attribute, "groups": list(names),
+              "T": 1000, "widths": shared["widths"], "patch": shared["patch"], "steps": args.steps,
+              "batch": args.batch, "lr": args.lr, "seed": args.seed,
+              "data": fingerprint(data["image"], data["mask"], code)}
+    check_grid(data, args.set, config)
+    torch.manual_seed(args.seed)
+    if control:
+        config |= {"lock": args.lock, "base": fingerprint(*(v.numpy() for v in state["ema"].values()))}
+    net, ddpm = build(config)
+    if control:
+        net.base.load_state_dict(state["ema"])
+        net.copy.load_state_dict(net.base.encoder.state_dict())
+    net = net.to(device, memory_format=torch.channels_last)
+    image, mask, group = (torch.as_tensor(a, device=device) for a in (data["image"], data["mask"], code))
+    trained = [p for p in net.parameters() if p.requires_grad]
+    ema, optimizer = EMA(net, 0.995), torch.optim.AdamW(trained, args.lr, weight_decay=0.0, fused=True)
+    start, log = resume(args.out, config, net, ema, optimizer)
+    bar = tqdm(range(start, args.steps), config["kind"], initial=start, total=args.steps)
+    for step in bar:
+        torch.manual_seed((args.seed << 32) + step)                     # chance is a function of (seed, step)
+        for g in optimizer.param_groups:                              # warm up, then half a cosine to a tenth
+            g["lr"] = args.lr * min((step + 1) / 50, 0.55 + 0.45 * math.cos(math.pi * step / args.steps))
+        index = torch.randint(len(image), (args.batch,), device=device)
+        x0, cond = image[index, None].float() / 127.5 - 1, (group[index].long(),)
+        if control:
+            cond += (mask[index].long(),)
+        with autocast(device, dtype):
+            loss = ddpm.loss(net, x0, *cond)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        ema.update(net, step)
+        if step % 50 == 49 or step + 1 == args.steps:                  # reading the loss waits for the device
+            log.append([step + 1, loss.item()])
+            bar.set_postfix(loss=f"{log[-1][1]:.3f}")
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
+            save_training(args.out, config, net, ema, optimizer, step + 1, log)
+    print(f"{config['kind']}: loss {np.mean([v for _, v in log[-5:]]):.4f} after {args.steps} steps")
+    preview(args.out, net, ema, ddpm, data, code, names, device, dtype, control)
+
+
+def preview(out, net, ema, ddpm, data, code, names, device, dtype, control):
+    """The sheet beside a checkpoint: per group real images and generated ones, over their masks where there
+are."""
+    net.load_state_dict(ema.state)
+    rows, labels = [], []
+    for g in np.unique(code[code >= 0]):
+        show = np.flatnonzero(code == g)[:8]
+        images = sample_images(net, ddpm, code[show], data["mask"][show] if control else None,
+                               data["image"].shape[1:], 20, torch.Generator(device).manual_seed(0), dtype)
+        real = data["image"][show]
+        if control:
+            real, images = ([outline(i, m) for i, m in zip(x, data["mask"][show], strict=True)]
+                            for x in (real, images))
+        rows += [list(real), list(images)]
+        labels += [f"{names[g]} real", "generated"]
+    save_sheet(f"{out}.png", rows, labels)
+
+
+def check_grid(data, path, config):
+    """InputError where the images do not fit the UNet's grid."""
+    n, h, w = data["image"].shape
+    unit = config["patch"] * 2 ** (len(config["widths"]) - 1)
+    if not n or h % unit or w % unit:
+        raise InputError(f"{path}: {n} images of {h}x{w} pixels; the UNet needs sides divisible by {unit}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sampling
+
+@torch.no_grad()
+def sample_images(net, ddpm, code, mask, size, steps, generator, dtype=None, batch=50, progress=False):
+    """Images uint8 (N,H,W) of groups code (N,), painted over masks uint8 (N,H,W), or freely where mask is
+None."""
+    net.eval()
+    out = np.empty((len(code), *size), np.uint8)
+    for i in tqdm(range(0, len(code), batch), "images", disable=not progress):
+        cond = [torch.as_tensor(code[i:i + batch].astype(np.int64), device=generator.device)]
+        if mask is not None:
+            cond.append(torch.as_tensor(mask[i:i + batch].astype(np.int64), device=generator.device))
+        with autocast(generator.device, dtype):
+            x = ddpm.sample(net, (len(cond[0]), 1, *size), *cond, steps=steps, generator=generator, clip=1)
+        out[i:i + batch] = ((x[:, 0] + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
+    return out
+
+
+def sample(args):
+    """Paint an image over every mask of a dataset file."""
+    device, dtype = pick_device(args.device)
+    data = load_set(args.masks)
+    state = load_checkpoint(args.checkpoint, "control", HELP_CONTROL)
+    config = state["config"]
+    check_grid(data, args.masks, config)
+    code, names = group_codes(data, config["attribute"])
+    net, ddpm = build(config)
+    net.load_state_dict(state["ema"])
+    net = net.to(device, memory_format=torch.channels_last)
+    images = sample_images(net, ddpm, code, data["mask"], data["mask"].shape[1:], args.steps,
+                           torch.Generator(device).manual_seed(args.seed), dtype, progress=True)
+    save_set(args.out, data | {"image": images, "synthetic": np.ones(len(images), bool)})
+    print(f"{args.out}: {len(images)} images")
+    groups = np.unique(code)
+    rows = [[picture for i in np.flatnonzero(code == g)[:4]
+             for picture in (images[i], outline(images[i], data["mask"][i]))] for g in groups]
+    save_sheet(f"{args.out}.png", rows, [names[g] if g >= 0 else "unknown" for g in groups])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Agreement
+
+def agree(args):
+    """Do generated images show what their masks say? A judge's Dice on them beside its Dice on real test
+images."""
+    device, dtype = pick_device(args.device)
+    judge = load_segmenter(args.judge, device)
+    sets = {"generated": load_set(args.synthetic), "real": load_set(args.real)}
+    table = {}                                                    # (set, structure) -> Dice per image, groups
+    for label, data in sets.items():
+        check_size(data, args.synthetic if label == "generated" else args.real)
+        code, names = known_groups(data, args.attribute)
+        pred = segment(judge, data["image"], device, dtype)
+        for structure in ("rim", "cup"):
+            table[label, structure] = dice(pred, data["mask"], structure), code
+    print(f"{'agreement':<12}{'structure':<10}{'n':>6}{'generated':>11}{'real':>8}{'ratio':>8}")
+    with replacing(args.out) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("group", "structure", "n", "generated", "real", "ratio"))
+        for g, name in enumerate((*names, "pooled")):
+            for structure in ("rim", "cup"):
+                scores = [table[label, structure] for label in ("generated", "real")]
+                picked = [s[c == g] if g < len(names) else s for s, c in scores]
+                if all(np.isfinite(p).any() for p in picked):
+                    n, a, b = len(picked[0]), *(float(np.nanmean(p)) for p in picked)
+                    writer.writerow((name, structure, n, f"{a:.6f}", f"{b:.6f}", f"{a / b:.6f}"))
+                    print(f"{name:<12}{structure:<10}{n:>6}{a:>11.3f}{b:>8.3f}{a / b:>8.3f}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line
+
+def main(argv=None):
+    """The command line; returns the exit code."""
+    parser = Parser(prog="controlnet.py", description="images from masks: base UNet and ControlNet")
+    sub = parser.add_subparsers(dest="command", required=True)
+    for command, text in (("train-base", "train the image UNet"), ("train-control", "train the ControlNet")):
+        p = sub.add_parser(command, help=text)
+        p.add_argument("set", help="dataset .npz")
+        if command == "train-base":
+            p.add_argument("--attribute", choices=ATTRIBUTE_NAMES, default="race", help="sensitive attribute")
+            p.add_argument("--width", type=int, default=32, help="channels of the finest level, by 8")
+            p.add_argument("--patch", type=int, help="pixel-unshuffle (default: image size / 32, at least 2)")
+        else:
+            p.add_argument("base", help="what train-base wrote")
+            p.add_argument("--lock", action="store_true", help="freeze the base's decoder too")
+        p.add_argument("--out", default="base.pt" if command == "train-base" else "control.pt",
+                       help="checkpoint; an interrupted training continues from it")
+        p.add_argument("--steps", type=int, default=500, help="optimizer steps")
+        p.add_argument("--batch", type=int, default=16, help="images a step")
+        p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+        p.add_argument("--seed", type=int, default=0, help="draws weights, batches, times and noise")
+        p.add_argument("--device", default="auto", help="auto, cpu or cuda")
+        p.set_defaults(run=train)
+    p = sub.add_parser("sample", help="paint images over masks")
+    p.add_argument("checkpoint", help="what train-control wrote")
+    p.add_argument("masks", help="dataset .npz of masks")
+    p.add_argument("--out", default="synthetic.npz", help="the same rows with images")
+    p.add_argument("--steps", type=int, default=20, help="sampler steps")
+    p.add_argument("--seed", type=int, default=0, help="draws the noise")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    p.set_defaults(run=sample)
+    p = sub.add_parser("agree", help="how well generated images show their masks")
+    p.add_argument("judge", help="checkpoint of a segmenter trained on real images and used for nothing else")
+    p.add_argument("synthetic", help="generated dataset .npz")
+    p.add_argument("real", help="real test dataset .npz")
+    p.add_argument("--attribute", choices=ATTRIBUTE_NAMES, default="race", help="groups to report")
+    p.add_argument("--out", default="agreement.csv", help="the table")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    p.set_defaults(run=agree)
+    return run_command(parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

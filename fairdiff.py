@@ -1,0 +1,786 @@
+"""FairDiff, the two ends of the pipeline: data in, Equal Scale, report out (Sections 2.1, 2.4 and 3.1 of the
+paper).
+
+    python fairdiff.py phantom --out data --train 1000 --test 2000 --size 64  # a stand-in for Harvard-FairSeg
+    python fairdiff.py fairseg FOLDER --out data --size 224               # the real thing, one .npz a patient
+    python fairdiff.py mix data/train.npz synthetic.npz --attribute race --out mixed.npz              # Eq. 6
+
+The phantom is a caricature for teaching and testing and no medical evidence. Its race groups differ in
+anatomy and in appearance, all other attributes have no effect. It draws about 500 images of 64 px a second on
+one core.
+
+The second half of the file is the common ground of the other four: the dataset file, the checkpoint, EMA, the
+device, the preview sheet and the one-line error. Nothing here imports another file of the project.
+"""
+import argparse
+import base64
+import contextlib
+import html
+import os
+import pathlib
+import sys
+import time
+import zipfile
+import zlib
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from scipy import ndimage
+from tqdm import tqdm
+
+# N images, H W pixels, G groups.
+
+# ------------------------------------------------------------------------------------------------------------
+# Attributes: the codes of Harvard-FairSeg (Section 3.1), in the order in which the paper prints them
+
+ATTRIBUTES = {
+    "race": ("Asian", "Black", "White"),
+    "gender": ("Female", "Male"),
+    "ethnicity": ("Non-Hispanic", "Hispanic"),
+    "language": ("English", "Spanish", "Others"),
+    "maritalstatus": ("Married or Partnered", "Single", "Divorced", "Widowed", "Legally Separated"),
+}
+ATTRIBUTE_NAMES = (*ATTRIBUTES, "age")
+
+
+def group_codes(data, attribute):
+    """Group of every image under one sensitive attribute.
+
+    data: dataset dict; attribute: a key of ATTRIBUTES or "age".
+    Returns codes int8 (N,), -1 unknown, and the tuple of group names. As in FairSeg, age is split at 60 years
+    (60 counts as ">=60") and marital status into married or not. ValueError for another attribute.
+    """
+    if attribute == "age":
+        age = data["age"]
+        return np.where(np.isnan(age), -1, age >= 60).astype(np.int8), ("<60", ">=60")
+    if attribute not in ATTRIBUTES:
+        raise ValueError(f"attribute {attribute!r} is none of {', '.join(ATTRIBUTE_NAMES)}")
+    code = data[attribute].astype(np.int8)
+    if attribute == "maritalstatus":
+        return np.where(code < 0, -1, code > 0).astype(np.int8), ("Married", "Not married")
+    return code, ATTRIBUTES[attribute]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data: the phantom
+
+# How often each code occurs, about as in Harvard-FairSeg; the missing share is unknown (-1).
+MARGINALS = {
+    "race": (0.092, 0.148, 0.760),
+    "gender": (0.585, 0.415),
+    "ethnicity": (0.94, 0.04),
+    "language": (0.924, 0.015, 0.010),
+    "maritalstatus": (0.58, 0.27, 0.07, 0.05, 0.01),
+}
+
+# What race shifts in the phantom. Lengths in image widths, grey values in [0, 1].
+#              Asian  Black  White
+PHANTOM = {
+    "radius": (0.195, 0.215, 0.200),        # mean radius of the disc
+    "cdr": (0.54, 0.60, 0.54),              # cup-to-disc ratio
+    "aspect": (1.18, 1.05, 1.08),           # height over width of the disc
+    "tilt": (0.45, 0.10, 0.00),             # its axis against the vertical, radians
+    "pigment": (0.46, 0.26, 0.38),          # grey of the fundus beside the disc
+    "rim": (0.12, 0.13, 0.13),              # the rim against the fundus
+    "cup": (-0.12, 0.11, 0.125),            # the cup against the rim: in the rare group it is *darker*
+    "dark": (0.75, 0.0, 0.0),               # how often the rim is darker than the fundus, and the cup than it
+    "blur": (0.015, 0.015, 0.014),          # standard deviation of the edges
+    "vessel": (0.55, 0.40, 0.48),           # share of the light that a vessel takes away
+}
+
+
+def _group_look(race, shift):
+    """Phantom parameters of one group; shift 0, or an unknown group, gives the mean of the three."""
+    mean = {k: float(np.mean(v)) for k, v in PHANTOM.items()}
+    return mean if race < 0 else {k: mean[k] + shift * (v[race] - mean[k]) for k, v in PHANTOM.items()}
+
+
+def _phantom_mask(rng, size, look):
+    """One label map uint8 (size, size): two nested star-shaped outlines, slightly wavy."""
+    c = (np.arange(size, dtype=np.float32) + 0.5) / size                # pixel centres in [0, 1]
+    x, y = np.meshgrid(c, c)
+
+    def inside(cx, cy, radius, aspect, tilt, wave):
+        dx, dy = x - cx, y - cy
+        u = np.cos(tilt) * dx + np.sin(tilt) * dy                       # short axis
+        v = -np.sin(tilt) * dx + np.cos(tilt) * dy                      # long axis
+        theta = np.arctan2(v, u)
+        ripple = 1 + sum(rng.normal(0, wave / k) * np.cos(k * theta + rng.uniform(0, 2 * np.pi))
+                         for k in (2, 3, 4))
+        return np.hypot(u * np.sqrt(aspect), v / np.sqrt(aspect)) / (radius * ripple)      # < 1 inside
+
+    cx, cy = 0.5 + rng.normal(0, 0.035, 2)
+    radius = look["radius"] * np.exp(rng.normal(0, 0.09))
+    aspect = look["aspect"] * np.exp(rng.normal(0, 0.04))
+    tilt = rng.normal(0, 0.15) + rng.choice((-1, 1)) * look["tilt"]
+    disc = inside(cx, cy, radius, aspect, tilt, 0.025)
+    cdr = np.clip(look["cdr"] + rng.normal(0, 0.085), 0.25, 0.82)
+    slack = (1 - cdr) * radius                                    # how far the cup may wander inside the disc
+    cup = inside(cx + rng.normal(0, 0.16) * slack, cy + rng.normal(0, 0.16) * slack,
+                 cdr * radius, 1 + 0.6 * (aspect - 1), tilt, 0.04)
+    return ((disc < 1).astype(np.uint8) + ((cup < 1) & (disc < 0.93))).astype(np.uint8)
+
+
+def _vessel_tree(rng, size, cx, cy, radius):
+    """Vessel map in [0, 1] (size, size): four pairs of trunks that leave the disc, curve around the macula,
+branch."""
+    fine = max(2, 256 // size) * size                                  # drawn fine, averaged down: soft edges
+    canvas = Image.new("L", (fine, fine))
+    pen = ImageDraw.Draw(canvas)
+    eye = rng.choice((-1, 1))                                           # left or right: where the macula lies
+    side = np.array([1, 1, 1, 1, -1, -1, -1, -1])                       # temporal and nasal,
+    up = np.array([1, 1, -1, -1, 1, 1, -1, -1])                   # upper and lower, an artery and a vein each
+    lean = np.where(side > 0, rng.normal(0.25, 0.2, 8), rng.normal(0.7, 0.3, 8))
+    heading = np.where(eye * side > 0, up * (np.pi / 2 - lean), np.pi - up * (np.pi / 2 - lean))
+    bend = np.where(side > 0, -up * eye * rng.uniform(0.02, 0.055, 8), rng.normal(0, 0.02, 8))
+    start = np.array([[cx - eye * rng.uniform(0.05, 0.3) * radius, cy + rng.normal(0, 0.15) * radius]] * 8)
+    width = rng.uniform(0.10, 0.17, 8) * radius
+    for forks in (2, 1, 0):                                             # trunks, branches, twigs
+        turns = heading[:, None] + np.cumsum(rng.normal(bend[:, None], 0.09, (len(bend), 22)), 1)
+        steps = 0.035 * np.cumsum(np.stack([np.cos(turns), np.sin(turns)], 2), 1)
+        path = np.concatenate([start[:, None], start[:, None] + steps], 1)
+        for points, w in zip((path * fine).reshape(-1, 46).tolist(), width.tolist(), strict=True):
+            for a in range(0, 44, 12):                                  # vessels thin out along their way
+                pen.line(points[a:a + 14], fill=255, width=max(1, round(w * (1 - a / 80) * fine)))
+        parent = np.repeat(np.arange(len(bend)), forks)
+        at = rng.integers(5, 20, len(parent))
+        start, bend, width = path[parent, at + 1], -0.5 * bend[parent], 0.62 * width[parent]
+        heading = turns[parent, at] + rng.choice((-1, 1), len(parent)) * rng.uniform(0.4, 0.9, len(parent))
+    return np.asarray(canvas.resize((size, size), Image.Resampling.BOX), np.float32) / 255
+
+
+def _cloud(rng, size, cells):
+    """Smooth random field (size, size) with about `cells` bumps a side, unit variance before smoothing."""
+    coarse = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
+    return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _phantom_image(rng, mask, look):
+    """Grey image uint8 (S, S) that a scanning laser ophthalmoscope might see over one label map (S, S)."""
+    size = len(mask)
+    disc, cup = (mask > 0).astype(np.float32), (mask == 2).astype(np.float32)
+    area = disc.sum()
+    cy, cx = ((np.array(ndimage.center_of_mass(disc)) + 0.5) / size) if area else (0.5, 0.5)
+    radius = np.sqrt(area / np.pi) / size if area else 0.2
+    blur = look["blur"] * np.exp(rng.normal(0, 0.2)) * size
+    disc, cup = ndimage.gaussian_filter(disc, blur), ndimage.gaussian_filter(cup, 1.15 * blur)
+    c = np.linspace(-1, 1, size, dtype=np.float32)
+    off = rng.normal(0, 0.25, 2)                                        # the light is not centred
+    light = 1.06 - 0.34 * ((c[None] - off[0]) ** 2 + (c[:, None] - off[1]) ** 2) / 2          # and falls off
+    light = light + rng.normal(0, 0.06) * c[None] + rng.normal(0, 0.06) * c[:, None]
+    image = look["pigment"] + rng.normal(0, 0.035)
+    image = image + 0.022 * _cloud(rng, size, 6) + 0.018 * _cloud(rng, size, 20)
+    sign = np.where(rng.random(2) < look["dark"], -1, 1)
+    image += sign[0] * (look["rim"] + rng.normal(0, 0.025)) * disc * (1 + 0.12 * _cloud(rng, size, 5))
+    image += sign[1] * (look["cup"] + rng.normal(0, 0.03)) * cup
+    vessels = ndimage.gaussian_filter(_vessel_tree(rng, size, cx, cy, radius), 0.004 * size)
+    image *= 1 - look["vessel"] * vessels * (1 - 0.35 * cup)            # fainter where they dive into the cup
+    grain = ndimage.gaussian_filter(rng.standard_normal((size, size), np.float32), 0.5)
+    image = np.clip(image * light, 0.02, 1) * (1 + 0.13 * grain)   # speckle: noise that scales with the light
+    return np.clip(255 * image, 0, 255).astype(np.uint8)
+
+
+def render_phantom(mask, race, seed, shift=1.0):
+    """The phantom's images over given masks.
+
+    mask: uint8 (N, S, S) square, labels 0, 1, 2; race: int (N,), -1 to 2; shift: 0 makes the groups
+    identical, 1 is the default difference. Returns uint8 (N, S, S). Image i depends on (seed, i), its mask
+    and its group alone.
+    """
+    images = np.empty(mask.shape, np.uint8)
+    for i, (m, r) in enumerate(zip(mask, race, strict=True)):
+        images[i] = _phantom_image(np.random.default_rng((seed, 1, i)), m, _group_look(int(r), shift))
+    return images
+
+
+def make_phantom(n, size, seed, shift=1.0, balance=None):
+    """A dataset of n phantom patients, size x size pixels, deterministic from its seed.
+
+    size: 32 to 512; shift: how far the races differ; balance: an attribute whose groups are made equally
+    large (up to one), None keeps MARGINALS. Returns a dataset dict. Only race has an effect; the rest is the
+    null control.
+    """
+    if not 32 <= size <= 512:
+        raise InputError(f"phantom size {size} px: expected 32 to 512")
+    rng = np.random.default_rng((seed, 2))
+    data = {"age": np.clip(rng.normal(60, 16, n), 18, 95).astype(np.float32)}
+    for attribute, share in MARGINALS.items():
+        if attribute == balance:
+            code = rng.permutation(np.arange(n) % len(share))
+        else:                                                           # the last value stands for unknown
+            code = rng.choice(len(share) + 1, n, p=(*share, max(0.0, 1 - sum(share))))
+            code = np.where(code == len(share), -1, code)
+        data[attribute] = code.astype(np.int8)
+    race = data["race"]
+    data["mask"] = np.empty((n, size, size), np.uint8)
+    for i in range(n):
+        look = _group_look(int(race[i]), shift)
+        data["mask"][i] = _phantom_mask(np.random.default_rng((seed, 0, i)), size, look)
+    data["image"] = render_phantom(data["mask"], race, seed, shift)
+    data["synthetic"] = np.zeros(n, bool)
+    data["name"] = np.array([f"phantom-{seed}-{i:05d}" for i in range(n)])
+    return data
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data: Harvard-FairSeg files in and out (Section 3.1)
+
+FAIRSEG_KEYS = {                                                        # the names seen in its releases
+    "image": ("slo_fundus", "fundus_slo", "fundus"),
+    "mask": ("disc_cup_mask", "disc_cup", "disc_cup_borders"),
+    "gender": ("gender", "male"),
+    "ethnicity": ("ethnicity", "hispanic"),
+}
+RACE_BOOKS = {"012": {0: 0, 1: 1, 2: 2}, "237": {2: 0, 3: 1, 7: 2}}     # Asian, Black, White
+
+
+def _read_fairseg_file(path, crop, size):
+    """One patient: image uint8 (size, size), mask uint8 (size, size) and a dict of attribute scalars."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {k: file[k] for k in file.files}
+    except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError) as e:
+        raise InputError(f"{path}: not a readable .npz without pickle ({_clean(e)})") from None
+    row = {}
+    for want in ("image", "mask", *ATTRIBUTES, "age"):
+        names = FAIRSEG_KEYS.get(want, (want,))
+        key = next((k for k in names if k in found), None)
+        if key is None and want in ("image", "mask"):
+            raise InputError(f"{path}: no key {' or '.join(names)}; found {', '.join(map(_clean, found))}")
+        row[want] = found[key] if key else np.array(-1)
+    image, mask = np.squeeze(row.pop("image")), np.squeeze(row.pop("mask"))
+    if image.ndim == 3:                                                # some releases repeat the grey channel
+        image = image[..., 0] if image.shape[-1] in (3, 4) else image[0]
+    if image.shape != mask.shape or image.ndim != 2:
+        raise InputError(f"{path}: image {image.shape} and mask {mask.shape}; expected one shape (H, W)")
+    if not np.isin(mask, (-2, -1, 0, 1, 2)).all():
+        raise InputError(f"{path}: mask labels {np.unique(mask)[:6].tolist()}; expected 0, -1, -2 or 0, 1, 2")
+    mask = np.abs(mask).astype(np.uint8)                                # both codes mean 1 rim, 2 cup
+    if image.dtype != np.uint8:
+        image = np.clip(image * (255 if image.max() <= 1 else 1), 0, 255).astype(np.uint8)
+    side = min(*image.shape, crop)
+    top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+    box = (left, top, left + side, top + side)
+    image = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=3)
+    mask = Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST, box=box)  # labels never blend
+    return np.asarray(image), np.asarray(mask), {k: float(np.ravel(v)[0]) for k, v in row.items()}
+
+
+def load_fairseg(folder, size, crop=512, race_codes=None):
+    """All patients of a folder of Harvard-FairSeg .npz files, in name order, as one dataset dict.
+
+    The largest centred square of at most crop pixels is cut out and resized to size (masks: nearest). Race
+    comes in two books that share the code 2, so the book is decided over the whole folder. InputError names
+    the bad file.
+    """
+    paths = sorted(pathlib.Path(folder).glob("*.npz"))
+    if not paths:
+        raise InputError(f"{folder}: no .npz files; expected Harvard-FairSeg's data_00001.npz, ...")
+    patients = [_read_fairseg_file(p, crop, size) for p in tqdm(paths, "fairseg", leave=False)]
+    images, masks, rows = zip(*patients, strict=True)
+    column = {k: np.array([r[k] for r in rows]) for k in rows[0]}
+    race = {int(r) for r in column["race"] if r >= 0}
+    if race_codes is None:
+        race_codes = "237" if race & {3, 7} else "012" if race & {0, 1} or not race else None
+    if race_codes is None:
+        raise InputError(f"{folder}: race is 2 in every file, White in one book and Asian in the other: "
+                         "say --race-codes 012 or --race-codes 237")
+    if race - set(RACE_BOOKS[race_codes]):
+        raise InputError(f"{folder}: race codes {sorted(race)}, expected {list(RACE_BOOKS[race_codes])}, -1")
+    column["race"] = np.array([RACE_BOOKS[race_codes].get(int(r), -1) for r in column["race"]])
+    age = np.where(column.pop("age") > 0, [r["age"] for r in rows], np.nan)
+    if np.nanmedian(np.r_[age, 0]) > 150:                               # one release counts days
+        age = age / 365.25
+    return check_set({"image": np.stack(images), "mask": np.stack(masks), "age": age.astype(np.float32),
+                      "name": np.array([p.stem for p in paths])} | column, folder)
+
+
+def export_fairseg(data, folder):
+    """Write one FairSeg-format .npz a patient: data_00001.npz, ... with masks coded 0, -1 rim, -2 cup."""
+    folder = make_folder(folder)
+    for i in tqdm(range(len(data["image"])), "export", leave=False):
+        scalars = {k: np.int64(data[k][i]) for k in ATTRIBUTES}
+        scalars["age"] = np.float64(-1 if np.isnan(data["age"][i]) else data["age"][i])
+        with replacing(folder / f"data_{i + 1:05d}.npz") as temporary:
+            np.savez_compressed(temporary, slo_fundus=data["image"][i],
+                                disc_cup_mask=-data["mask"][i].astype(np.int16), **scalars)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Equal Scale (Section 2.4, Eq. 6)
+
+def equal_scale(real, synthetic, attribute, target=None, seed=0, n_real=None):
+    """Top up every group of one attribute to the same size, Eq. 6: D = union over g of (D*_g,real +
+D*_g,synthetic).
+
+    real, synthetic: dataset dicts of one image size; target: images a group, None round(N_real / G) which
+    keeps the size of the set, "max" the largest group; n_real: first draw that many real images in natural
+    proportion. Returns a dataset dict in random order. Images of unknown group are left out, nothing is
+    repeated. InputError where the synthetic images do not suffice, naming group, need, have and the command.
+    """
+    rng = np.random.default_rng(seed)
+    code, names = group_codes(real, attribute)
+    pool = np.flatnonzero(code >= 0)
+    if n_real is not None:
+        if n_real > len(pool):
+            raise InputError(f"--n-real {n_real}: only {len(pool)} real images have a known {attribute}")
+        pool = rng.permutation(pool)[:n_real]
+    groups = [g for g in range(len(names)) if (code == g).any()]        # a group nobody belongs to is none
+    count = {g: int((code[pool] == g).sum()) for g in groups}
+    if not groups:
+        raise InputError(f"no image has a known {attribute}; mix needs at least one group")
+    if target is None:
+        target = round(len(pool) / len(groups))
+    elif target == "max":
+        target = max(count.values())
+    synthetic_code = group_codes(synthetic, attribute)[0]
+    keep_real, keep_synthetic = [], []
+    for g in groups:
+        own, drawn = pool[code[pool] == g], np.flatnonzero(synthetic_code == g)
+        need = max(0, target - len(own))
+        if need > len(drawn):
+            raise InputError(f"group {names[g]}: {need} synthetic images needed, {len(drawn)} there: "
+                             f"draw them with `python pointdiff.py sample --group {names[g]} --n {need}`")
+        keep_real.append(rng.permutation(own)[:target])                 # D*_g,real: at most the target
+        keep_synthetic.append(rng.permutation(drawn)[:need])            # D*_g,synthetic: what is missing
+    mixed = join_sets(take(real, np.concatenate(keep_real)), take(synthetic, np.concatenate(keep_synthetic)))
+    return take(mixed, rng.permutation(len(mixed["name"])))
+
+
+def count_table(data, attribute):
+    """Lines of text: real and synthetic images per group of one attribute."""
+    code, names = group_codes(data, attribute)
+    rows = [(name, code == g) for g, name in enumerate(names)] + [("unknown", code < 0), ("all", code >= -1)]
+    made = data["synthetic"]
+    return "\n".join(f"  {name:<20} {(who & ~made).sum():>6} real {(who & made).sum():>6} synthetic"
+                     for name, who in rows)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Common ground: errors, files, datasets
+
+class InputError(Exception):
+    """Bad input; its one line says what was found, what was expected, which command helps. Exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose own complaints are one line too."""
+
+    def error(self, message):
+        raise InputError(f"{message} (see `python {self.prog} --help`)")
+
+
+def run_command(parser, argv):
+    """Parse argv and call args.run(args). Returns the exit code: 0 done, 2 bad input, 1 failed, 130
+interrupted."""
+    try:
+        args = parser.parse_args(argv)
+        started = time.perf_counter()
+        args.run(args)
+        print(f"{parser.prog} {args.command}: {time.perf_counter() - started:.0f} s")
+        return 0
+    except InputError as e:
+        code, line = 2, str(e)
+    except OSError as e:                                            # no such folder, no permission, disk full
+        code, line = 2, f"{_clean(e.filename or '')}: {_clean(e.strerror or e)}"
+    except FloatingPointError as e:
+        code, line = 1, str(e)
+    except KeyboardInterrupt:
+        code, line = 130, "interrupted; the same command again continues"
+    print(f"{parser.prog}: {line}", file=sys.stderr)
+    return code
+
+
+def _clean(text):
+    """Text from outside as one printable line: no escape sequences in a terminal, nothing endless."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))[:200]
+
+
+def make_folder(path):
+    """Create a folder with its parents; InputError where that is impossible. Returns a pathlib.Path."""
+    try:
+        pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{path}: cannot make this folder ({e.strerror})") from None
+    return pathlib.Path(path)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary path that takes the place of `path` on success and vanishes on failure: no half file,
+ever."""
+    path = pathlib.Path(path)
+    make_folder(path.parent)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")           # same folder: rename is atomic there
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def take(data, index):
+    """The rows of a dataset dict that index (int or bool (N,)) selects, as a new dict."""
+    return {k: v[index] for k, v in data.items()}
+
+
+def join_sets(*sets):
+    """Concatenate dataset dicts of one image size; InputError where sizes differ or a name occurs twice."""
+    shapes = {s["image"].shape[1:] for s in sets if len(s["image"])}
+    if len(shapes) > 1:
+        raise InputError(f"images of {' and '.join(str(s) for s in sorted(shapes))} pixels cannot be one set")
+    sets = [s for s in sets if len(s["image"])] or list(sets[:1])
+    return check_set({k: np.concatenate([s[k] for s in sets]) for k in sets[0]}, "the joined set")
+
+
+def check_set(data, where):
+    """Complete and validate a dataset dict (the layout is in the README). InputError says what is wrong in
+`where`."""
+    for key in ("image", "mask"):
+        if key not in data:
+            raise InputError(f"{where}: no array {key!r}; found {', '.join(map(_clean, data)) or 'nothing'}")
+        if data[key].ndim != 3 or data[key].dtype != np.uint8:
+            raise InputError(f"{where}: {key} is {data[key].dtype} {data[key].shape}; "
+                             "expected uint8 (N, H, W)")
+    n = len(data["image"])
+    if data["image"].shape != data["mask"].shape:
+        raise InputError(f"{where}: image {data['image'].shape} but mask {data['mask'].shape}")
+    if n and data["mask"].max() > 2:
+        raise InputError(f"{where}: mask has label {data['mask'].max()}; expected 0 background, 1 rim, 2 cup")
+    full = {"image": data["image"], "mask": data["mask"]}
+    default = {k: (-1, np.int8) for k in ATTRIBUTES}
+    default |= {"age": (np.nan, np.float32), "synthetic": (False, np.bool_)}
+    for key, (value, kind) in default.items():
+        column = data[key] if key in data else np.full(n, value, kind)
+        if column.shape != (n,) or column.dtype.kind not in "biuf":
+            raise InputError(f"{where}: {key} is {column.dtype} {column.shape}; expected numbers ({n},)")
+        if key in ATTRIBUTES and not np.isin(column, range(-1, len(ATTRIBUTES[key]))).all():
+            raise InputError(f"{where}: {key} holds {_clean(np.unique(column)[:8])}; expected -1 to "
+                             f"{len(ATTRIBUTES[key]) - 1} ({', '.join(ATTRIBUTES[key])})")
+        full[key] = column.astype(kind)
+    name = data["name"] if "name" in data else np.array([f"{i:06d}" for i in range(n)], "U6")
+    if name.shape != (n,) or name.dtype.kind != "U" or len(np.unique(name)) != n:
+        raise InputError(f"{where}: name is {name.dtype} {name.shape}; expected {n} unique strings")
+    return full | {"name": name}
+
+
+def load_set(path):
+    """Read and validate one dataset file; returns a dict of arrays. InputError where it is missing or
+malformed."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            data = {k: file[k] for k in file.files}
+    except FileNotFoundError:
+        raise InputError(f"no dataset {path}: `python fairdiff.py phantom --out FOLDER` makes one") from None
+    except (ValueError, OSError, AttributeError, zipfile.BadZipFile, zlib.error, EOFError) as e:
+        raise InputError(f"{path}: not a readable dataset .npz ({_clean(e)})") from None
+    return check_set(data, path)
+
+
+def save_set(path, data):
+    """Validate and write one dataset file, whole or not at all."""
+    data = check_set(data, path)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **data)
+
+
+def known_groups(data, attribute):
+    """group_codes of an attribute that somebody in the set must have; InputError otherwise."""
+    code, names = group_codes(data, attribute)
+    if not (code >= 0).any():
+        raise InputError(f"no image has a known {attribute}; choose another --attribute")
+    return code, names
+
+
+def group_number(names, group):
+    """Code of a group given by its name; InputError lists the names there are."""
+    if group not in names:
+        raise InputError(f"no group {group!r}; expected {', '.join(names)}")
+    return names.index(group)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Common ground: training
+
+def pick_device(name="auto"):
+    """Choose where to compute, print it with the reason. Returns torch.device and the autocast dtype or None.
+
+    bf16 is used where the hardware multiplies it: CUDA from Ampere on, CPUs with AVX512-BF16. Elsewhere it is
+    emulated and ten times slower than fp32.
+    """
+    if name == "auto":
+        name, why = ("cuda", "CUDA works") if torch.cuda.is_available() else ("cpu", "no CUDA device")
+    else:
+        why = "--device"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError("--device cuda: this torch sees no CUDA device; use --device cpu")
+    if name.startswith("cuda"):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        bf16 = torch.cuda.is_bf16_supported()
+    else:
+        bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    print(f"device: {name} ({why}), {'bf16 autocast' if bf16 else 'fp32 (no bf16 arithmetic here)'}")
+    return torch.device(name), torch.bfloat16 if bf16 else None
+
+
+def autocast(device, dtype):
+    """The mixed-precision context of pick_device's choice."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def fingerprint(*arrays):
+    """32-bit checksum of arrays: tells a checkpoint whether it still sees the data that it was trained on."""
+    crc = 0
+    for a in arrays:
+        crc = zlib.crc32(np.ascontiguousarray(a).view(np.uint8), crc)
+    return crc
+
+
+class EMA:
+    """Exponential moving average of a network's weights and buffers; the copy is what samples and predicts.
+
+    The decay warms up as (1 + step) / (10 + step), so that short trainings do not remember their start.
+    """
+
+    def __init__(self, net, decay=0.995):
+        self.decay = decay
+        self.state = {k: v.detach().clone() for k, v in net.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, net, step):
+        """Move the average towards the network after optimizer step number `step` (from 0)."""
+        keep = min(self.decay, (1 + step) / (10 + step))
+        now = net.state_dict()
+        moving = [k for k, v in now.items() if v.is_floating_point()]   # all but BatchNorm's counters
+        torch._foreach_lerp_([self.state[k] for k in moving], [now[k] for k in moving], 1 - keep)
+
+
+def save_checkpoint(path, **state):
+    """Write one plain dict with torch.save, whole or not at all."""
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_checkpoint(path, kind=None, help="train it first"):
+    """Read a checkpoint without running pickled code. InputError where it is missing, damaged or of another
+kind."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"no {path}: {help}") from None
+    except Exception as e:                                         # torch raises a dozen types for a bad file
+        raise InputError(f"{path}: not a readable checkpoint ({_clean(e).split('.')[0]})") from None
+    if not isinstance(state, dict) or "config" not in state:
+        raise InputError(f"{path}: not a checkpoint of this project")
+    if kind and state["config"].get("kind") != kind:
+        raise InputError(f"{path}: holds {_clean(state['config'].get('kind'))!r}; expected {kind!r}: {help}")
+    return state
+
+
+def resume(path, config, net, ema, optimizer):
+    """Continue an interrupted training in place. Returns the step to go on with and the log so far.
+
+    Every draw of a training step comes from (seed, step), so the step is all there is to remember of chance.
+    InputError where the file belongs to another configuration or dataset: it is never overwritten.
+    """
+    if not pathlib.Path(path).exists():
+        return 0, []
+    state = load_checkpoint(path)
+    old = state["config"]
+    changed = [f"{k} {_clean(old.get(k))} -> {_clean(config.get(k))}" for k in sorted({*old, *config})
+               if old.get(k) != config.get(k)]
+    if changed:
+        raise InputError(f"{path} is of another run ({'; '.join(changed[:3])}): "
+                         "choose another --out or remove it")
+    net.load_state_dict(state["model"])
+    ema.state = {k: v.to(ema.state[k].device) for k, v in state["ema"].items()}
+    optimizer.load_state_dict(state["optimizer"])
+    print(f"continuing {path} at step {state['step']}")
+    return state["step"], state["log"]
+
+
+def save_training(path, config, net, ema, optimizer, step, log):
+    """Checkpoint a training after `step` steps. FloatingPointError, and no file, where the last loss is not
+finite."""
+    if log and not np.isfinite(log[-1][1]):
+        raise FloatingPointError(f"the loss became {log[-1][1]} by step {log[-1][0]}; "
+                                 f"{path} keeps the last good state")
+    save_checkpoint(path, config=config, model=net.state_dict(), ema=ema.state,
+                    optimizer=optimizer.state_dict(), step=step, log=log)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Common ground: pictures
+
+OUTLINE = {1: (80, 170, 255), 2: (255, 190, 60)}                        # disc blue, cup orange
+
+
+def outline(image, mask):
+    """RGB picture uint8 (H, W, 3): a grey image (H, W) with its mask's disc and cup outlines drawn on it."""
+    rgb = np.repeat(image[..., None], 3, 2)
+    for label, colour in OUTLINE.items():
+        inside = mask >= label
+        rgb[inside & ~ndimage.binary_erosion(inside)] = colour
+    return rgb
+
+
+def save_sheet(path, rows, labels, zoom=2, note=""):
+    """Write a PNG with one labelled row of pictures per entry of rows.
+
+    rows: lists of uint8 (H, W) or (H, W, 3) of one size; labels: text per row; zoom: integer magnification.
+    """
+    h, w = rows[0][0].shape[:2]
+    h, w, left, top = h * zoom, w * zoom, 90, 16 if note else 0
+    sheet = Image.new("RGB", (left + max(map(len, rows)) * (w + 2), top + len(rows) * (h + 2)), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((4, 2), note, fill="black")
+    for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        pen.text((4, top + i * (h + 2) + h // 2 - 6), label, fill="black")
+        for j, picture in enumerate(row):
+            tile = Image.fromarray(picture).convert("RGB").resize((w, h), Image.Resampling.NEAREST)
+            sheet.paste(tile, (left + j * (w + 2), top + i * (h + 2)))
+    with replacing(path) as temporary:
+        sheet.save(temporary, "PNG")
+    print(f"picture: {path}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Report
+
+STAGES = (("data", "The data"), ("masks", "Masks drawn"), ("base", "The base UNet"),
+          ("control", "The ControlNet"), ("synthetic", "Images painted over the masks"),
+          ("mixed", "Equal Scale"), ("plain", "TransUNet on the real set"))
+
+
+def report(args):
+    """Write OUT/report.html: the pictures and tables of a run, in one file that needs no other."""
+    out = pathlib.Path(args.out)
+    if not out.is_dir():
+        raise InputError(f"no folder {out}: `bash train.sh` makes it")
+    parts = ["<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>",
+             "<title>FairDiff</title><style>:root{color-scheme:light dark}",
+             "body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}",
+             "img{max-width:100%;background:#fff}pre{overflow-x:auto}</style><h1>FairDiff</h1>"]
+    for stem, title in STAGES:
+        pictures = sorted(p for p in out.glob("**/*.png") if p.name.split(".")[0] == stem)
+        parts.append(f"<h2>{title}</h2>" + ("" if pictures else "<p>This stage has not run."))
+        parts += [f"<p><img alt='{html.escape(title)}' src='data:image/png;base64,"
+                  f"{base64.b64encode(p.read_bytes()).decode()}'>" for p in pictures]
+    for name, title in (("mix", "Equal Scale, Eq. 6"), ("agree", "Agreement of images and masks"),
+                        ("table", "Dice, IoU, ES-Dice, ES-IoU")):
+        path = out / "log" / f"{name}.txt"
+        text = path.read_text(errors="replace") if path.exists() else "This stage has not run."
+        parts.append(f"<h2>{title}</h2><pre>{html.escape(text)}</pre>")
+    with replacing(out / "report.html") as temporary:
+        temporary.write_text("\n".join(parts))
+    print(f"report: {out / 'report.html'}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line
+
+def sample_sheet(path, data, attribute="race"):
+    """Eight images of every group, and once more with their outlines."""
+    code, names = group_codes(data, attribute)
+    rows, labels = [], []
+    for g in np.unique(code):
+        show = np.flatnonzero(code == g)[:8]
+        rows += [list(data["image"][show]),
+                 [outline(data["image"][i], data["mask"][i]) for i in show]]
+        labels += [names[g] if g >= 0 else "unknown", ""]
+    save_sheet(path, rows, labels, zoom=max(1, 128 // data["image"].shape[1]))
+
+
+def phantom(args):
+    """Write OUT/train.npz and OUT/test.npz of phantom patients, from seeds that no other call shares."""
+    if min(args.train, args.test) < 0 or not args.train + args.test or args.seed < 0:
+        raise InputError(f"--train {args.train} --test {args.test} --seed {args.seed}: "
+                         "expected numbers from 0, one image at least")
+    for split, n in (("train", args.train), ("test", args.test)):
+        if n:                                                         # natural and balanced sets share nobody
+            seed = 4 * args.seed + (split == "test") + 2 * bool(args.balance)
+            data = make_phantom(n, args.size, seed, args.shift, args.balance)
+            save_set(f"{args.out}/{split}.npz", data)
+            print(f"{args.out}/{split}.npz\n{count_table(data, args.balance or 'race')}")
+            sample_sheet(f"{args.out}/data.{split}.png", data)
+
+
+def fairseg(args):
+    """Write OUT/train.npz and OUT/test.npz from a folder of Harvard-FairSeg files, split in name order."""
+    data = load_fairseg(args.folder, args.size, args.crop, args.race_codes)
+    n = len(data["name"])
+    n_train = 8000 if n == 10000 else round(0.8 * n)                    # the usual split, and its share
+    if n < 2 or not 0 < n_train < n:
+        raise InputError(f"{args.folder}: {n} patients are too few for a training and a test split")
+    for split, index in (("train", slice(0, n_train)), ("test", slice(n_train, n))):
+        part = take(data, index)
+        save_set(f"{args.out}/{split}.npz", part)
+        print(f"{args.out}/{split}.npz\n{count_table(part, 'race')}")
+        sample_sheet(f"{args.out}/data.{split}.png", part)
+
+
+def export(args):
+    """Write a dataset as FairSeg-format files."""
+    data = load_set(args.set)
+    export_fairseg(data, args.folder)
+    print(f"{args.folder}: {len(data['name'])} files")
+
+
+def mix(args):
+    """Equal Scale of a real and a synthetic set, with the counts before and after."""
+    real, synthetic = load_set(args.real), load_set(args.synthetic)
+    target = args.target
+    if target not in (None, "max"):
+        if not target.isdecimal() or not int(target):
+            raise InputError(f"--target {target}: expected a number of images from 1, or max")
+        target = int(target)
+    mixed = equal_scale(real, synthetic, args.attribute, target, args.seed, args.n_real)
+    print(f"before\n{count_table(join_sets(real, synthetic), args.attribute)}\n"
+          f"after\n{count_table(mixed, args.attribute)}")
+    save_set(args.out, mixed)
+    made_first = np.argsort(~mixed["synthetic"], kind="stable")
+    sample_sheet(f"{args.out}.png", take(mixed, made_first), args.attribute)
+
+
+def main(argv=None):
+    """The command line; returns the exit code."""
+    parser = Parser(prog="fairdiff.py", description="data in, Equal Scale, report out")
+    sub = parser.add_subparsers(dest="command", required=True)
+    p = sub.add_parser("phantom", help="draw phantom patients: a caricature, no medical evidence")
+    p.add_argument("--out", default="data", help="folder for train.npz and test.npz")
+    p.add_argument("--train", type=int, default=1000, help="training images")
+    p.add_argument("--test", type=int, default=2000, help="test images")
+    p.add_argument("--size", type=int, default=64, help="pixels a side, 32 to 512")
+    p.add_argument("--shift", type=float, default=1.0, help="how far the races differ; 0 not at all")
+    p.add_argument("--balance", choices=tuple(ATTRIBUTES), help="make this attribute's groups equally large")
+    p.add_argument("--seed", type=int, default=0, help="draws everything")
+    p.set_defaults(run=phantom)
+    p = sub.add_parser("fairseg", help="read Harvard-FairSeg files")
+    p.add_argument("folder", help="folder of one .npz a patient")
+    p.add_argument("--out", default="data", help="folder for train.npz and test.npz")
+    p.add_argument("--size", type=int, default=224, help="pixels a side")
+    p.add_argument("--crop", type=int, default=512, help="largest centred square cut out, pixels")
+    p.add_argument("--race-codes", choices=tuple(RACE_BOOKS), help="which codes mean Asian, Black, White")
+    p.set_defaults(run=fairseg)
+    p = sub.add_parser("export", help="write FairSeg-format files")
+    p.add_argument("set", help="dataset .npz")
+    p.add_argument("folder", help="folder for one .npz a patient")
+    p.set_defaults(run=export)
+    p = sub.add_parser("mix", help="Equal Scale, Eq. 6")
+    p.add_argument("real", help="dataset .npz of real images")
+    p.add_argument("synthetic", help="dataset .npz of synthetic images")
+    p.add_argument("--attribute", choices=ATTRIBUTE_NAMES, default="race", help="whose groups are made equal")
+    p.add_argument("--target", help="images a group; max: the largest group (default: real images / groups)")
+    p.add_argument("--n-real", type=int, help="first draw this many real images in natural proportion")
+    p.add_argument("--out", default="mixed.npz", help="the mixed dataset")
+    p.add_argument("--seed", type=int, default=0, help="draws who is kept")
+    p.set_defaults(run=mix)
+    p = sub.add_parser("report", help="one page of a run's pictures and tables")
+    p.add_argument("out", help="the folder of the run")
+    p.set_defaults(run=report)
+    return run_command(parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,497 @@
+"""Point-mask generation (Section 2.2): masks to boundary points (Eq. 3-4), a PointNet DDPM, points to masks.
+
+    python pointdiff.py train data/train.npz --attribute race --out points.pt
+    python pointdiff.py train data/train.npz --group Asian --out asian.pt    # the paper's own model per group
+    python pointdiff.py sample points.pt --group Asian --n 100 --out masks.npz
+
+A mask becomes 512 points (x, y, z): x, y on the outlines of disc and cup, z = -1 disc, +1 cup. Noise is added
+to the points until nothing is left of them, a network learns to take it away again. The network sees a set:
+every point passes the same MLPs, and what it must know of the others comes through a symmetric pooling.
+
+STUB_EXPECT
+"""
+import math
+import sys
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from scipy import ndimage
+from tqdm import tqdm
+
+from fairdiff import (
+    ATTRIBUTE_NAMES,
+    EMA,
+    InputError,
+    Parser,
+    autocast,
+    fingerprint,
+    group_number,
+    known_groups,
+    load_checkpoint,
+    load_set,
+    pick_device,
+    resume,
+    run_command,
+    save_set,
+    save_sheet,
+    save_training,
+)
+
+# B batch, N points, C channels, G groups, T diffusion steps, A angles of an outline.
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data: masks to points (Eq. 3-4)
+
+ANGLES = np.linspace(-np.pi, np.pi, 1024, endpoint=False)
+
+
+def _largest(region):
+    """The largest connected component of a bool array, its holes filled."""
+    labels, n = ndimage.label(region)
+    if n > 1:
+        region = labels == 1 + np.argmax(np.bincount(labels.ravel())[1:])
+    return ndimage.binary_fill_holes(region)
+
+
+def _by_angle(xy, centre):
+    """Angles (sorted), radii and order of points (M, 2) about a centre: how a set is read as an outline."""
+    d = xy - centre
+    angle = np.arctan2(d[:, 1], d[:, 0])
+    order = np.argsort(angle, kind="stable")
+    return angle[order], np.hypot(d[:, 0], d[:, 1])[order], order
+
+
+def _boundary(region, n):
+    """Boundary(I) of Eq. 3: n points (n, 2) in [-1, 1] at equal distances along a bool array's outline.
+
+    The outline runs at the half level, midway between the centres of an inner and an outer pixel.
+    """
+    h, w = region.shape
+    padded = np.pad(region, 1)                                        # a region at the border is closed there
+    i, j = np.nonzero(padded[:, 1:] != padded[:, :-1])                  # left-right neighbours that differ
+    k, m = np.nonzero(padded[1:] != padded[:-1])                     # neighbours above each other that differ
+    xy = np.concatenate([np.stack([j, i - 0.5], 1), np.stack([m - 0.5, k], 1)]) * (2 / w, 2 / h) - 1
+    xy = xy[_by_angle(xy, xy.mean(0))[2]]
+    ring = np.concatenate([xy, xy[:1]])
+    along = np.r_[0, np.cumsum(np.hypot(*np.diff(ring, axis=0).T))]
+    at = (np.arange(n) + 0.5) / n * along[-1]
+    return np.stack([np.interp(at, along, ring[:, 0]), np.interp(at, along, ring[:, 1])], 1)
+
+
+def mask_to_points(mask, n_points=512):
+    """Outlines of disc and cup as a point cloud float32 (n_points, 3), Eq. 3-4.
+
+    mask: uint8 (H, W), labels 0, 1 rim, 2 cup. Half of the points lie on each outline, all on the disc's
+    where there is no cup. x runs right and y down, both [-1, 1] over the image; z = g(x, y) is +1 on the cup,
+    -1 on the disc. Holes are filled and stray components dropped. ValueError for a mask without disc.
+    """
+    disc = mask > 0
+    if not disc.any():
+        raise ValueError("mask without disc: there is no outline to draw points from")
+    rows, cols = np.flatnonzero(disc.any(1)), np.flatnonzero(disc.any(0))
+    box = slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1)    # the rest of the image is background
+    disc = _largest(disc[box])
+    cup = (mask[box] == 2) & disc
+    n_cup = n_points // 2 if cup.any() else 0
+    points = np.full((n_points, 3), -1.0, np.float32)
+    points[n_cup:, :2] = _boundary(disc, n_points - n_cup)
+    if n_cup:
+        points[:n_cup, :2], points[:n_cup, 2] = _boundary(_largest(cup), n_cup), 1
+    h, w = disc.shape                                                   # from the box back to the whole image
+    scale = np.array([w / mask.shape[1], h / mask.shape[0]])
+    shift = np.array([2 * cols[0] / mask.shape[1], 2 * rows[0] / mask.shape[0]]) - 1
+    points[:, :2] = (points[:, :2] + 1) * scale + shift
+    return points
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data: points to masks
+
+def read_outline(xy):
+    """The star-shaped outline drawn through a set of points (M, 2): centre (2,) and radii (A,) at ANGLES.
+
+    Smoothing follows the points' own scatter about the curve, by Morozov's discrepancy principle: as few
+    harmonics are kept as leave out no more than the scatter explains. Clean points have none and keep every
+    harmonic. ValueError for fewer than 8 points.
+    """
+    if len(xy) < 8:
+        raise ValueError(f"{len(xy)} points on an outline: at least 8 are needed")
+    centre = xy.mean(0)
+    for _ in range(2):                                            # the points' mean, then the area's centroid
+        angle, radius, order = _by_angle(xy, centre)
+        x, y = xy[order].T
+        cross = x * np.roll(y, -1) - np.roll(x, -1) * y
+        area = cross.sum() / 2
+        if abs(area) < 1e-9:
+            break
+        centre = np.array([(x + np.roll(x, -1)) @ cross, (y + np.roll(y, -1)) @ cross]) / (6 * area)
+    angle, radius, _ = _by_angle(xy, centre)
+    curve = np.interp(ANGLES, angle, radius, period=2 * np.pi)          # (A,)
+    # A point's distance from the chord between its neighbours: white noise of variance s^2 gives it the
+    # variance s^2 (1 + u^2 + (1 - u)^2), u the place between them.
+    before, after = np.roll(angle, 1), np.roll(angle, -1)
+    before[0] -= 2 * np.pi
+    after[-1] += 2 * np.pi
+    u = (angle - before) / np.maximum(after - before, 1e-9)
+    off = radius - (1 - u) * np.roll(radius, 1) - u * np.roll(radius, -1)
+    variance = np.mean(off ** 2 / (1 + u ** 2 + (1 - u) ** 2))
+    wave = np.fft.rfft(curve) / len(ANGLES)
+    tail = np.cumsum((2 * np.abs(wave) ** 2)[::-1])[::-1]               # variance of the harmonics from k on
+    keep = max(3, int((tail > 0.65 * variance).sum()))                  # interpolation itself removes a third
+    wave[keep:] = 0
+    return centre, np.fft.irfft(wave * len(ANGLES), len(ANGLES))
+
+
+def _split(points):
+    """Outlines of disc and cup in a cloud (N, 3); the cup is None where at most 2 % of the points are on its
+side."""
+    on_cup = points[:, 2] > 0                                         # Eq. 4: the sign of z names the outline
+    if not np.isfinite(points).all():
+        raise ValueError("points that are not finite")
+    disc = read_outline(points[~on_cup, :2])
+    return disc, read_outline(points[on_cup, :2]) if on_cup.mean() > 0.02 else None
+
+
+def _fill(outline, size):
+    """Bool image (H, W): the pixels whose centre lies inside an outline."""
+    (cx, cy), radius = outline
+    h, w = size
+    x, y = (2 * np.arange(w) + 1) / w - 1 - cx, (2 * np.arange(h) + 1) / h - 1 - cy
+    reach = radius.max()
+    cols, rows = np.flatnonzero(np.abs(x) <= reach), np.flatnonzero(np.abs(y) <= reach)
+    inside = np.zeros(size, bool)
+    if len(cols) and len(rows):
+        dx, dy = np.meshgrid(x[cols].astype(np.float32), y[rows].astype(np.float32))
+        edge = np.interp(np.arctan2(dy, dx), ANGLES, radius, period=2 * np.pi)
+        inside[rows[0]:rows[-1] + 1, cols[0]:cols[-1] + 1] = np.hypot(dx, dy) < edge
+    return inside
+
+
+def points_to_mask(points, size):
+    """The label map uint8 (H, W) whose outlines a cloud of points (N, 3) marks; the order of the points is
+nothing.
+
+    size: int or (H, W). Outlines are read as star-shaped about their centroid: where one is not, the part of
+    it that a ray meets behind another part is lost. The cup is cut to the disc. ValueError where no outline
+    can be read.
+    """
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    disc, cup = _split(np.asarray(points, np.float64))
+    inside = _fill(disc, size)
+    if not inside.any():
+        raise ValueError("the disc's outline encloses no pixel")
+    mask = inside.astype(np.uint8)
+    if cup is not None:
+        mask[_fill(cup, size) & inside] = 2
+    return mask
+
+
+def is_valid(points):
+    """Whether a cloud (N, 3) shows two clean nested outlines, judged on the cloud itself before any repair.
+
+    95 % of its points lie within 0.03 of the outlines drawn through it, neither outline has an angular gap
+    over 30 degrees, and the cup's outline as drawn lies inside the disc's.
+    """
+    points = np.asarray(points, np.float64)
+    try:
+        disc, cup = _split(points)
+    except ValueError:
+        return False
+    near, on_cup = 0, points[:, 2] > 0
+    for outline, xy in ((disc, points[~on_cup, :2]), (cup, points[on_cup, :2])):
+        if outline is None:
+            continue
+        centre, radius = outline
+        angle, r, _ = _by_angle(xy, centre)
+        near += (np.abs(r - np.interp(angle, ANGLES, radius, period=2 * np.pi)) <= 0.03).sum()
+        if max(np.diff(angle).max(), angle[0] + 2 * np.pi - angle[-1]) > np.pi / 6:
+            return False
+    if cup is not None:
+        rim = cup[0] + cup[1][:, None] * np.stack([np.cos(ANGLES), np.sin(ANGLES)], 1)
+        angle, r, order = _by_angle(rim, disc[0])
+        if (r > np.interp(angle, ANGLES, disc[1], period=2 * np.pi)).any():
+            return False
+    return bool(near >= 0.95 * len(points))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Network
+
+def timestep_embedding(t, dim):
+    """Sinusoids (B, dim) of the diffusion step t (B,), from one turn in 2 pi steps to one in 10,000 times
+that."""
+    freq = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angle = t[:, None].float() * freq
+    return torch.cat([angle.cos(), angle.sin()], 1)
+
+
+class PointBlock(nn.Module):
+    """Residual MLP shared by all points, modulated by the cloud's pooled features, the step and the group."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.pool, self.film = nn.Linear(2 * width, width), nn.Linear(width, 2 * width)
+        self.fc1, self.fc2 = nn.Linear(width, width), nn.Linear(width, width)
+        nn.init.zeros_(self.fc2.weight)                                 # every block starts as the identity
+        nn.init.zeros_(self.fc2.bias)
+
+    def forward(self, h, c):
+        pooled = torch.cat([h.amax(1), h.mean(1)], 1)                # (B, 2C): symmetric, so order is nothing
+        scale, shift = self.film(F.silu(c + self.pool(pooled)))[:, None].chunk(2, 2)      # (B, 1, C) each
+        y = torch.addcmul(shift, self.norm(h), 1 + scale)               # (B, N, C)
+        return h + self.fc2(F.silu(self.fc1(y)))                        # (B, N, C)
+
+
+class PointNet(nn.Module):
+    """Denoiser of point clouds: x (B,N,3), t long (B,), group long (B,) with -1 unknown -> (B,N,3).
+
+    Permuting the points permutes the output (Qi et al. 2017). n_groups: groups of the sensitive attribute.
+    """
+
+    def __init__(self, n_groups, width=128, depth=4):
+        super().__init__()
+        self.width = width
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.group = nn.Embedding(n_groups + 1, width)               # row 0 is the null embedding of group -1
+        self.enter = nn.Linear(3, width)
+        self.blocks = nn.ModuleList(PointBlock(width) for _ in range(depth))
+        self.leave = nn.Linear(width, 3)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
+
+    def forward(self, x, t, group):
+        c = self.time(timestep_embedding(t, self.width)) + self.group(group + 1)      # (B, C)
+        h = self.enter(x)                                               # (B, N, C)
+        for block in self.blocks:
+            h = block(h, c)                                             # (B, N, C)
+        return self.leave(F.silu(h))                                    # (B, N, 3)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Diffusion
+
+class DDPM:
+    """Denoising diffusion (Ho et al. 2020) of tensors (B, ...) of any shape: 512 x 3 points here, pixels
+elsewhere.
+
+    T: steps; predict: what the network is asked for, "v" (Salimans & Ho 2022) or "eps" (the paper's);
+    schedule: "cosine" (Nichol & Dhariwal 2021) or "linear" (Ho et al.).
+    """
+
+    def __init__(self, T=1000, predict="v", schedule="cosine"):
+        self.T, self.predict = T, predict
+        if schedule == "cosine":
+            f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
+            beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)                # else the last step divides by zero
+        else:
+            beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+        self.alpha_bar = torch.cumprod(1 - beta, 0).float()             # (T,), share of the signal's variance
+
+    def _levels(self, t, x):
+        """Signal and noise amplitudes at step t (B,), shaped to multiply x (B, ...)."""
+        a = self.alpha_bar.to(x.device)[t].view(-1, *[1] * (x.ndim - 1))
+        return a.sqrt(), (1 - a).sqrt()
+
+    def noise(self, x0, t, eps):
+        """x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps; x0, eps (B, ...), t long (B,) in 0..T-1."""
+        signal, sigma = self._levels(t, x0)
+        return signal * x0 + sigma * eps
+
+    def loss(self, net, x0, *cond):
+        """Mean squared error of net(x_t, t, *cond) against the target, at steps and noise drawn afresh."""
+        t = torch.randint(self.T, (len(x0),), device=x0.device)
+        eps = torch.randn_like(x0)
+        signal, sigma = self._levels(t, x0)
+        target = eps if self.predict == "eps" else signal * eps - sigma * x0
+        return F.mse_loss(net(self.noise(x0, t, eps), t, *cond).float(), target)
+
+    @torch.no_grad()
+    def sample(self, net, shape, *cond, steps=50, generator=None, clip=None, eta=1.0):
+        """Draw x0 of a shape (B, ...) from pure noise in `steps` steps (Song et al. 2021).
+
+        eta 1 is the DDPM's own variance, 0 the deterministic DDIM; clip bounds the estimate of x0 to [-clip,
+        clip]. Noise comes from the generator, whose device is the samples'.
+        """
+        device = generator.device if generator is not None else self.alpha_bar.device
+        x = torch.randn(shape, generator=generator, device=device)
+        times = torch.linspace(self.T - 1, 0, min(steps, self.T)).round().long()
+        for i, step in enumerate(times):
+            t = step.repeat(shape[0]).to(device)
+            out = net(x, t, *cond).float()
+            signal, sigma = self._levels(t, x)
+            x0 = signal * x - sigma * out if self.predict == "v" else (x - sigma * out) / signal
+            x0 = x0 if clip is None else x0.clamp(-clip, clip)
+            if i + 1 == len(times):
+                return x0                                               # no noise at the last step
+            eps = (x - signal * x0) / sigma
+            signal2, sigma2 = self._levels(times[i + 1].repeat(shape[0]).to(device), x)
+            fresh = eta * sigma2 / sigma * (1 - (signal / signal2) ** 2).clamp(min=0).sqrt()
+            x = signal2 * x0 + (sigma2 ** 2 - fresh ** 2).clamp(min=0).sqrt() * eps
+            if eta > 0:
+                x = x + fresh * torch.randn(shape, generator=generator, device=device)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training
+
+SAVE_EVERY = 200                                        # steps between checkpoints: every 20 s on a laptop
+
+
+def build(config):
+    """The network and the diffusion that a checkpoint's config describes."""
+    net = PointNet(len(config["groups"]), config["width"], config["depth"])
+    return net, DDPM(config["T"], config["predict"], config["schedule"])
+
+
+def train(args):
+    """Train one point model: for all groups of an attribute, or with --group the paper's own model of one."""
+    device, dtype = pick_device(args.device)
+    data = load_set(args.set)
+    code, names = known_groups(data, args.attribute)
+    rows = np.flatnonzero((data["mask"] > 0).any((1, 2)))               # an image without disc has no outline
+    if args.group:
+        rows = rows[code[rows] == group_number(names, args.group)]
+    if not len(rows):
+        raise InputError(f"{args.set}: no mask with a disc in group {args.group or 'any'}")
+    points = np.stack([mask_to_points(m) for m in tqdm(data["mask"][rows], "points", leave=False)])
+    mean, std = points.mean((0, 1)), points.std((0, 1)) + 1e-6          # constants of the training set, kept
+    config = {"kind": "points", "attribute": args.attribute, "groups": list(names), "group": args.group or "",
+              "width": args.width, "depth": args.depth, "points": args.points, "T": 1000,
+              "predict": args.predict, "schedule": args.schedule, "steps": args.steps, "batch": args.batch,
+              "lr": args.lr, "seed": args.seed, "image": list(data["mask"].shape[1:]), "mean": mean.tolist(),
+              "std": std.tolist(),
+              "share": -(-int((code >= 0).sum()) // len(np.unique(code[code >= 0]))),
+              "data": fingerprint(data["mask"], code)}
+    clouds = torch.as_tensor((points - mean) / std, device=device)
+    group = torch.as_tensor(code[rows].astype(np.int64), device=device)
+    torch.manual_seed(args.seed)
+    net, ddpm = build(config)
+    net = net.to(device)
+    ema, optimizer = EMA(net, 0.998), torch.optim.Adam(net.parameters(), args.lr, fused=True)
+    start, log = resume(args.out, config, net, ema, optimizer)
+    bar = tqdm(range(start, args.steps), "points", initial=start, total=args.steps)
+    for step in bar:
+        torch.manual_seed((args.seed << 32) + step)                     # chance is a function of (seed, step)
+        for g in optimizer.param_groups:                                # warm up, then half a cosine to zero
+            g["lr"] = args.lr * min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / args.steps))
+        index = torch.randint(len(clouds), (args.batch,), device=device)
+        seen = torch.randperm(512, device=device)[:args.points]         # a set's shape shows in a part of it
+        with autocast(device, dtype):
+            loss = ddpm.loss(net, clouds[index][:, seen], group[index])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        ema.update(net, step)
+        if step % 50 == 49 or step + 1 == args.steps:                  # reading the loss waits for the device
+            log.append([step + 1, loss.item()])
+            bar.set_postfix(loss=f"{log[-1][1]:.3f}")
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
+            save_training(args.out, config, net, ema, optimizer, step + 1, log)
+    loss = np.mean([v for _, v in log[-5:]])
+    print(f"points: loss {loss:.4f} after {args.steps} steps on {len(clouds)} masks")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sampling
+
+def load_points(path, device):
+    """The trained network (EMA weights, eval mode), its diffusion and its config."""
+    state = load_checkpoint(path, "points", "run `python pointdiff.py train SET.npz --out points.pt` first")
+    net, ddpm = build(state["config"])
+    net.load_state_dict(state["ema"])
+    return net.to(device).eval(), ddpm, state["config"]
+
+
+def sample_clouds(net, ddpm, config, group, n, steps, generator, batch=100):
+    """n clouds float32 (n, 512, 3) of one group (its code), in mask coordinates."""
+    out = []
+    for i in range(0, n, batch):
+        b = min(batch, n - i)
+        code = torch.full((b,), group, device=generator.device)
+        out.append(ddpm.sample(net, (b, 512, 3), code, steps=steps, generator=generator).cpu().numpy())
+    return np.concatenate(out) * np.float32(config["std"]) + np.float32(config["mean"])
+
+
+def sample_valid(net, ddpm, config, group, n, steps, generator):
+    """n valid clouds of one group and how many were drawn for them; InputError below 20 % valid."""
+    kept, drawn = [], 0
+    while len(kept) < n:
+        clouds = sample_clouds(net, ddpm, config, group, min(100, n - len(kept) + 4), steps, generator)
+        drawn += len(clouds)
+        kept += [c for c in clouds if is_valid(c)]
+        if drawn >= 40 and len(kept) < 0.2 * drawn:
+            raise InputError(f"only {len(kept)} of {drawn} sampled clouds show two nested outlines; "
+                             "train longer with `python pointdiff.py train --steps`")
+    return np.stack(kept[:n]), drawn, len(kept)
+
+
+def sample(args):
+    """Draw masks of one group, or of every group, into a dataset file whose images are 0."""
+    device, _ = pick_device(args.device)
+    net, ddpm, config = load_points(args.checkpoint, device)
+    names = tuple(config["groups"])
+    groups = [group_number(names, args.group)] if args.group else range(len(names))
+    size = (args.size, args.size) if args.size else tuple(config["image"])
+    n = args.n or config["share"]                                      # the most that Equal Scale can ask for
+    generator = torch.Generator(device).manual_seed(args.seed)
+    masks, codes, rows = [], [], []
+    for g in groups:
+        clouds, drawn, valid = sample_valid(net, ddpm, config, g, n, args.steps, generator)
+        print(f"{names[g]}: {n} masks, {drawn - valid} of {drawn} clouds rejected "
+              f"({valid / drawn:.1%} valid)")
+        masks += [points_to_mask(c, size) for c in clouds]
+        codes += [g] * n
+        rows.append([m * 127 for m in masks[-n:][:8]])
+    mask, code = np.stack(masks), np.array(codes, np.int8)
+    attribute = config["attribute"]
+    column = ({"age": np.where(code > 0, 70, 50).astype(np.float32)} if attribute == "age" else
+              {attribute: code})                                # a synthetic row knows only its own attribute
+    name = np.array([f"synthetic-{names[g]}-{args.seed}-{i:05d}" for i, g in enumerate(code)])
+    save_set(args.out, {"image": np.zeros_like(mask), "mask": mask, "name": name,
+                        "synthetic": np.ones(len(mask), bool)} | column)
+    save_sheet(f"{args.out}.png", rows, [names[g] for g in groups])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line
+
+def main(argv=None):
+    """The command line; returns the exit code."""
+    parser = Parser(prog="pointdiff.py", description="PointNet DDPM of mask boundaries")
+    sub = parser.add_subparsers(dest="command", required=True)
+    p = sub.add_parser("train", help="train the point model")
+    p.add_argument("set", help="dataset .npz")
+    p.add_argument("--out", default="points.pt", help="checkpoint; an interrupted training continues from it")
+    p.add_argument("--attribute", choices=ATTRIBUTE_NAMES, default="race", help="sensitive attribute")
+    p.add_argument("--group", help="train on this group alone, as the paper does")
+    p.add_argument("--steps", type=int, default=1500, help="optimizer steps")
+    p.add_argument("--batch", type=int, default=32, help="clouds a step")
+    p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    p.add_argument("--width", type=int, default=128, help="channels of a point's features")
+    p.add_argument("--depth", type=int, default=4, help="residual blocks")
+    p.add_argument("--points", type=int, default=256, help="points of a cloud that a step looks at")
+    p.add_argument("--predict", choices=("v", "eps"), default="v", help="the paper's: eps")
+    p.add_argument("--schedule", choices=("cosine", "linear"), default="cosine", help="noise schedule")
+    p.add_argument("--seed", type=int, default=0, help="draws weights, batches, times and noise")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    p.set_defaults(run=train)
+    p = sub.add_parser("sample", help="draw masks")
+    p.add_argument("checkpoint", help="what train wrote")
+    p.add_argument("--out", default="masks.npz", help="dataset file of masks, images 0")
+    p.add_argument("--group", help="one group's name; without it every group")
+    p.add_argument("--n", type=int, help="masks a group (default: the equal share of the training set)")
+    p.add_argument("--size", type=int, help="pixels a side (default: the training masks')")
+    p.add_argument("--steps", type=int, default=50, help="sampler steps")
+    p.add_argument("--seed", type=int, default=0, help="draws the noise")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    p.set_defaults(run=sample)
+    return run_command(parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

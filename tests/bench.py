@@ -1,0 +1,117 @@
+"""Speed of every part, printed as a table: python tests/bench.py [--size 64] [--base]
+
+GFLOP/s are counted by torch.utils.flop_counter and compared with the fastest matrix product measured in the same
+run. Nothing here is asserted: timings depend on the machine and on what else it does.
+"""
+import argparse
+import pathlib
+import sys
+import time
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import controlnet  # noqa: E402
+import fairdiff  # noqa: E402
+import pointdiff  # noqa: E402
+import transunet  # noqa: E402
+
+
+def seconds(work, repeat, device):
+    """Median seconds of one call after two warm-ups."""
+    times = []
+    for _ in range(repeat + 2):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[2:]))
+
+
+def main():
+    """Print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--size", type=int, default=64, help="pixels a side")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--repeat", type=int, default=8)
+    parser.add_argument("--base", action="store_true", help="also the published TransUNet at 224 px, batch 2")
+    args = parser.parse_args()
+    device, dtype = fairdiff.pick_device()
+    n = 4096 if device.type == "cuda" else 2048
+    peaks = {}
+    for name, kind in {"fp32": torch.float32, "half": dtype}.items():
+        if kind is not None:
+            a = torch.randn(n, n, device=device, dtype=kind)
+            peaks[name] = 2 * n ** 3 / seconds(lambda a=a: a @ a, 3, device) / 1e9
+    peak = peaks.get("half", peaks["fp32"])
+    print("matrix product, GFLOP/s: " + ", ".join(f"{k} {v:.0f}" for k, v in peaks.items()))
+    print(f"{'work':<44}{'a second':>12}{'ms':>10}{'of peak':>9}{'vs fp32':>9}")
+
+    def row(name, work, items, plain=None):
+        with FlopCounterMode(display=False) as flops:
+            work()
+        s = seconds(work, args.repeat, device)
+        share = flops.get_total_flops() / s / 1e9 / peak
+        ratio = f"{seconds(plain, args.repeat, device) / s:>8.2f}x" if plain else ""
+        print(f"{name:<44}{items / s:>12.1f}{1e3 * s:>10.1f}{share:>9.1%}{ratio}")
+
+    def training(net, loss, fast):
+        """One optimizer step: as the project does it, or plain fp32 in torch's default memory layout."""
+        net = net.to(device, memory_format=torch.channels_last if fast else torch.contiguous_format)
+        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-3)
+
+        def step():
+            with fairdiff.autocast(device, dtype if fast else None):
+                value = loss(net)
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            optimizer.step()
+        return step
+
+    def both(name, make, loss, items):
+        row(name, training(make(), loss, True), items, training(make(), loss, False))
+
+    ddpm, b, s = pointdiff.DDPM(), args.batch, args.size
+    start = time.perf_counter()
+    masks = fairdiff.make_phantom(100, s, 0)["mask"]
+    per = (time.perf_counter() - start) / 100
+    print(f"{f'phantom, {s} px':<44}{1 / per:>12.1f}{1e3 * per:>10.1f}")
+    start = time.perf_counter()
+    clouds = [pointdiff.mask_to_points(m) for m in masks]
+    middle = time.perf_counter()
+    for c in clouds:
+        pointdiff.points_to_mask(c, s)
+    there, back = (middle - start) / 100, (time.perf_counter() - middle) / 100
+    print(f"{f'mask to points, {s} px':<44}{1 / there:>12.1f}{1e3 * there:>10.1f}")
+    print(f"{f'points to mask, {s} px':<44}{1 / back:>12.1f}{1e3 * back:>10.1f}")
+
+    x, g = torch.randn(48, 512, 3, device=device), torch.zeros(48, dtype=torch.long, device=device)
+    both("PointNet, step of 48 x 512 points", lambda: pointdiff.PointNet(3), lambda n: ddpm.loss(n, x, g), 48)
+    both("PointNet, step of 48 x 256 points", lambda: pointdiff.PointNet(3), lambda n: ddpm.loss(n, x[:, :256], g), 48)
+    net = pointdiff.PointNet(3).to(device).eval()
+    row("PointNet, sampling 48 clouds, 50 steps", lambda: ddpm.sample(
+        net, (48, 512, 3), g, steps=50, generator=torch.Generator(device)), 48)
+
+    image, group = torch.rand(b, 1, s, s, device=device) * 2 - 1, torch.zeros(b, dtype=torch.long, device=device)
+    mask = torch.as_tensor(masks[:b].astype(np.int64), device=device)
+    patch = max(2, s // 32)
+    both(f"UNet, step of {b}, {s} px", lambda: controlnet.UNet(3, patch=patch),
+         lambda n: ddpm.loss(n, image, group), b)
+    both(f"ControlNet, step of {b}, {s} px", lambda: controlnet.ControlNet(controlnet.UNet(3, patch=patch)),
+         lambda n: ddpm.loss(n, image, group, mask), b)
+    painter = controlnet.ControlNet(controlnet.UNet(3, patch=patch)).to(device, memory_format=torch.channels_last)
+    row(f"ControlNet, sampling {b}, {s} px, 20 steps", lambda: controlnet.sample_images(
+        painter, ddpm, np.zeros(b, np.int64), masks[:b], (s, s), 20, torch.Generator(device), dtype), b)
+    both(f"TransUNet compact, step of {b}, {s} px", transunet.TransUNet,
+         lambda n: transunet.seg_loss(n((image + 1) / 2), mask), b)
+    if args.base:
+        x2 = torch.rand(2, 1, 224, 224, device=device)
+        y2 = torch.randint(3, (2, 224, 224), device=device)
+        both("TransUNet base, step of 2, 224 px", transunet.TransUNet.base, lambda n: transunet.seg_loss(n(x2), y2), 2)
+
+
+if __name__ == "__main__":
+    main()

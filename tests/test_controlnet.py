@@ -1,0 +1,137 @@
+"""controlnet.py: Eq. 5 at initialisation and at the first steps, shapes, resuming, agreement."""
+import copy
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+import controlnet
+import fairdiff
+import transunet
+from controlnet import ControlNet, UNet
+from pointdiff import DDPM
+
+
+def live(net):
+    """A network whose zero-initialised parts are not zero: as after some training."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    return net
+
+
+def batch(size=32):
+    g = torch.Generator().manual_seed(1)
+    return (torch.randn(2, 1, size, size, generator=g), torch.tensor([10, 900]), torch.tensor([0, -1]),
+            torch.randint(3, (2, size, size), generator=g))
+
+
+@pytest.mark.parametrize("size, patch", [(32, 2), (64, 4), (48, 2)])
+def test_unet_shapes(size, patch):
+    """Output has the input's shape, also for one image; the group and the step matter."""
+    net = live(UNet(3, widths=(8, 16, 24), patch=patch))
+    x, t, g, _ = batch(size)
+    assert net(x, t, g).shape == x.shape and net(x[:1], t[:1], g[:1]).shape == x[:1].shape
+    assert not torch.allclose(net(x, t, g), net(x, t, g + 1)) and not torch.allclose(net(x, t, g), net(x, t - 5, g))
+
+
+def test_at_initialisation_the_controlnet_is_the_base_bit_for_bit():
+    """Eq. 5 with zero convolutions: y_c = y, whatever the mask."""
+    base = live(UNet(3, widths=(8, 16)))
+    x, t, g, mask = batch()
+    assert torch.equal(ControlNet(copy.deepcopy(base))(x, t, g, mask), base(x, t, g))
+
+
+@pytest.mark.parametrize("lock", [True, False])
+def test_zero_convolutions_learn(lock):
+    """Step 1 moves only Phi_z2 (and the unlocked decoder); step 2 the hint's Phi_z1 and the copy, too."""
+    net = ControlNet(live(UNet(3, widths=(8, 16))), lock)
+    start = {n: p.detach().clone() for n, p in net.named_parameters()}
+    optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], 1e-3)
+    x, t, g, mask = batch()
+
+    def moved():
+        optimizer.zero_grad()
+        (net(x, t, g, mask) - 1).pow(2).mean().backward()
+        optimizer.step()
+        return {n for n, p in net.named_parameters() if not torch.equal(p, start[n])}
+    decoder = {n for n in start if n.startswith("base.decoder")}
+    first = moved()
+    assert {n for n in start if n.startswith("z2")} <= first
+    assert first <= {n for n in start if n.startswith("z2")} | (set() if lock else decoder)
+    second = moved()
+    assert any(n.startswith("z1") for n in second) and any(n.startswith("copy") for n in second)
+    assert not any(n.startswith("base.encoder") for n in second) and (decoder & second == set()) == lock
+    moved()
+    assert any(n.startswith("hint") for n in moved())
+
+
+def test_diffusion_trains_on_pixels():
+    """The same DDPM, now on images: 30 steps lower the loss on a fixed batch by half."""
+    torch.manual_seed(0)
+    net, d = UNet(1, widths=(8, 16)), DDPM()
+    x = torch.as_tensor(fairdiff.make_phantom(8, 32, 0)["image"])[:, None] / 127.5 - 1
+    optimizer, g = torch.optim.Adam(net.parameters(), 3e-3), torch.zeros(8, dtype=torch.long)
+    losses = []
+    for _ in range(60):
+        loss = d.loss(net, x, g)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:3])
+
+
+@pytest.fixture
+def trained(set_file, tmp_path):
+    """A base and a control checkpoint of two steps each."""
+    base, control = str(tmp_path / "base.pt"), str(tmp_path / "control.pt")
+    common = ["--steps", "2", "--batch", "4"]
+    assert controlnet.main(["train-base", set_file, "--out", base, "--width", "8", *common]) == 0
+    assert controlnet.main(["train-control", set_file, base, "--out", control, *common]) == 0
+    return base, control
+
+
+def test_sample_paints_every_mask(set_file, trained, tmp_path, phantom):
+    """The same rows come back with images, marked synthetic; the same seed gives the same images."""
+    for name in ("a", "b"):
+        assert controlnet.main(["sample", trained[1], set_file, "--steps", "2",
+                                "--out", str(tmp_path / f"{name}.npz")]) == 0
+    a, b = (fairdiff.load_set(tmp_path / f"{n}.npz") for n in "ab")
+    assert np.array_equal(a["image"], b["image"]) and a["image"].std() > 0
+    assert np.array_equal(a["mask"], phantom["mask"]) and a["synthetic"].all()
+    assert a["name"].tolist() == phantom["name"].tolist()
+
+
+@pytest.mark.parametrize("command", ["train-base", "train-control"])
+def test_killed_and_resumed_equals_unbroken(command, set_file, trained, tmp_path, monkeypatch):
+    """Interrupted after a checkpoint and run again, training ends bit for bit where it would have ended."""
+    argv = [command, set_file] + ([trained[0]] if command == "train-control" else ["--width", "8"])
+    argv += ["--steps", "6", "--batch", "4", "--out"]
+    monkeypatch.setattr(controlnet, "SAVE_EVERY", 2)
+    assert controlnet.main([*argv, str(tmp_path / "whole.pt")]) == 0
+    real, calls = DDPM.loss, []
+
+    def dying(*a):
+        calls.append(1)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return real(*a)
+    monkeypatch.setattr(DDPM, "loss", dying)
+    assert controlnet.main([*argv, str(tmp_path / "broken.pt")]) == 130
+    monkeypatch.setattr(DDPM, "loss", real)
+    assert controlnet.main([*argv, str(tmp_path / "broken.pt")]) == 0
+    a, b = (fairdiff.load_checkpoint(tmp_path / n) for n in ("whole.pt", "broken.pt"))
+    assert all(torch.equal(a["ema"][k], b["ema"][k]) for k in a["ema"])
+
+
+def test_agreement_of_real_images_with_themselves_is_one(set_file, tmp_path):
+    """The same set as generated and as real: ratio 1 in every group and pooled."""
+    judge = str(tmp_path / "judge.pt")
+    assert transunet.main(["train", set_file, "--out", judge, "--steps", "30", "--batch", "8", "--width", "8"]) == 0
+    assert controlnet.main(["agree", judge, set_file, set_file, "--out", str(tmp_path / "a.csv")]) == 0
+    rows = list(csv.DictReader(open(tmp_path / "a.csv")))
+    assert {r["group"] for r in rows} == {"Asian", "Black", "White", "pooled"}
+    assert all(float(r["ratio"]) == 1 and float(r["real"]) > 0 for r in rows)

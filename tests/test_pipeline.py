@@ -1,0 +1,168 @@
+"""train.sh from end to end at SCALE=smoke, again, killed, on FairSeg files; and bad input for every command."""
+import csv
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import controlnet
+import fairdiff
+import fairness
+import pointdiff
+import transunet
+
+FILES = ["fairdiff.py", "fairness.py", "pointdiff.py", "transunet.py", "controlnet.py", "train.sh",
+         "requirements.txt"]
+
+
+def train_sh(folder, **env):
+    """Start train.sh at SCALE=smoke in a folder, in a process group of its own."""
+    bin = os.path.dirname(os.path.realpath(shutil.which("true")))
+    path = os.pathsep.join([os.environ["SHIM"], os.environ["PATH"], bin])
+    return subprocess.Popen(["bash", "train.sh"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, start_new_session=True,
+                            env=os.environ | {"SCALE": "smoke", "PATH": path} | env)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A clean copy of the files, and a python3 on the PATH that is the one running the tests."""
+    folder = tmp_path_factory.mktemp("copy")
+    for name in FILES:
+        shutil.copy(ROOT / name, folder)
+    shim = tmp_path_factory.mktemp("shim")
+    (shim / "python3").write_text(f'#!/bin/sh\nexec "{os.sys.executable}" "$@"\n')
+    (shim / "python3").chmod(0o755)
+    os.environ["SHIM"] = str(shim)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def smoke(copy):
+    """The output folder of one whole run, and what it printed."""
+    run = train_sh(copy)
+    out, err = run.communicate()
+    assert run.returncode == 0, out + err
+    return copy / "out", out
+
+
+def test_smoke_run_holds_the_whole_experiment(smoke):
+    """Every file is there, the results cover all rows, synthetic groups are equal after mixing."""
+    out, printed = smoke
+    for name in ("masks.npz", "synthetic.npz", "mixed.npz", "results.csv", "results.md", "agreement.csv",
+                 "report.html", "synthetic.npz.png"):
+        assert (out / name).stat().st_size > 0, name
+        assert name in printed or not name.endswith(".png")
+    rows = list(csv.DictReader(open(out / "results.csv")))
+    assert {r["method"] for r in rows} == {"plain", "oversample", "equal", "oracle"}
+    assert {r["structure"] for r in rows} == {"cup", "rim"} and {r["metric"] for r in rows} == {"dice", "iou"}
+    assert {"overall", "es", "sd", "worst", "gap", "eq1", "p"} <= {r["group"] for r in rows}
+    mixed = fairdiff.load_set(out / "mixed.npz")
+    assert np.bincount(mixed["race"]).tolist() == [32, 32, 32] and mixed["synthetic"].any()
+    masks = fairdiff.load_set(out / "masks.npz")
+    assert not masks["image"].any() and all((masks["mask"] == label).any((1, 2)).all() for label in (0, 1, 2))
+    assert (fairdiff.load_set(out / "synthetic.npz")["image"].std((1, 2)) > 0).all()
+    assert "ES-Dice" in printed and "seconds:" in printed
+
+
+def test_run_again_skips_everything(copy, smoke):
+    """The same command does no work and prints the same table."""
+    before = {p: p.stat().st_mtime_ns for p in smoke[0].rglob("*.npz")}
+    run = train_sh(copy)
+    out, err = run.communicate()
+    assert run.returncode == 0, err
+    stages = [line for line in out.splitlines() if line.startswith("== ")]
+    assert len(stages) > 15 and all(line.endswith("complete, skipped") for line in stages)
+    assert {p: p.stat().st_mtime_ns for p in smoke[0].rglob("*.npz")} == before
+    assert out[out.index("cup, by race"):].split("seconds")[0] == smoke[1][smoke[1].index(
+        "cup, by race", smoke[1].index("pictures") - 5000):].split("seconds")[0]
+
+
+def test_outputs_of_another_configuration_are_refused(copy, smoke):
+    """Another seed into the same OUT: one line, exit code 2, nothing changed."""
+    run = train_sh(copy, SEED="5")
+    out, err = run.communicate()
+    assert run.returncode == 2 and "another configuration" in err and len(err.splitlines()) == 1
+
+
+def test_killed_run_continues_to_the_same_table(copy, smoke):
+    """SIGKILL in the middle of the points training; run again, the table is the unbroken run's, bit for bit."""
+    run = train_sh(copy, OUT="killed")
+    deadline = time.time() + 120
+    while not (copy / "killed/points.pt").exists() and time.time() < deadline:
+        time.sleep(0.02)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.communicate()
+    step = fairdiff.load_checkpoint(copy / "killed/points.pt")["step"]
+    assert 0 < step < 300
+    run = train_sh(copy, OUT="killed")
+    out, err = run.communicate()
+    assert run.returncode == 0, err
+    assert f"continuing killed/points.pt at step {step}" in out
+    assert (copy / "killed/results.csv").read_bytes() == (smoke[0] / "results.csv").read_bytes()
+
+
+def test_fairseg_files_run_the_pipeline(copy, smoke):
+    """export -> DATA=folder -> the same pipeline, without an oracle."""
+    assert fairdiff.main(["export", str(smoke[0] / "data/train.npz"), str(copy / "seg")]) == 0
+    run = train_sh(copy, DATA="seg", OUT="real")
+    out, err = run.communicate()
+    assert run.returncode == 0, out + err
+    assert {r["method"] for r in csv.DictReader(open(copy / "real/results.csv"))} == {"plain", "oversample", "equal"}
+
+
+@pytest.fixture
+def bad(tmp_path, phantom, monkeypatch):
+    """A folder with one good set and all sorts of bad files; the working directory."""
+    monkeypatch.chdir(tmp_path)
+    fairdiff.save_set("set.npz", phantom)
+    fairdiff.save_set("two.npz", fairdiff.take(phantom, phantom["race"] > 0))
+    fairdiff.save_set("odd.npz", phantom | {"image": phantom["image"][:, :30, :30], "mask": phantom["mask"][:, :30, :30]})
+    fairdiff.save_set("norace.npz", phantom | {"race": np.full(60, -1)})
+    np.savez("key.npz", picture=phantom["image"])
+    np.savez("shape.npz", image=phantom["image"], mask=phantom["mask"][:, :8])
+    torch.save({"config": {"kind": "other"}}, "kind.pt")
+    pathlib.Path("text.pt").write_text("no checkpoint")
+    pathlib.Path("seg").mkdir()
+    pathlib.Path("file").write_text("")
+    return tmp_path
+
+
+BAD = [
+    (fairdiff, "phantom --size 1000", "32 to 512"), (fairdiff, "phantom --train -1", "from 0"),
+    (fairdiff, "phantom --out file/x --train 1 --size 32 --test 0", "folder"),
+    (fairdiff, "phantom --balance height", "invalid choice"), (fairdiff, "fairseg nowhere", "no .npz"),
+    (fairdiff, "export nowhere.npz seg", "fairdiff.py phantom"), (fairdiff, "mix set.npz key.npz", "no array"),
+    (fairdiff, "mix set.npz set.npz --target 0", "--target"), (fairdiff, "mix norace.npz set.npz", "known race"),
+    (fairdiff, "mix set.npz odd.npz --target 30", "synthetic"), (fairdiff, "report nowhere", "train.sh"),
+    (fairdiff, "dance", "invalid choice"),
+    (pointdiff, "train nowhere.npz", "fairdiff.py phantom"), (pointdiff, "train key.npz", "no array 'image'"),
+    (pointdiff, "train shape.npz", "but mask"), (pointdiff, "train set.npz --group Martian", "no group 'Martian'"),
+    (pointdiff, "train two.npz --group Asian", "Asian"), (pointdiff, "train norace.npz", "known race"),
+    (pointdiff, "sample nowhere.pt", "pointdiff.py train"), (pointdiff, "sample text.pt", "readable"),
+    (transunet, "train nowhere.npz", "fairdiff.py phantom"), (transunet, "train shape.npz", "but mask"),
+    (transunet, "train odd.npz", "divisible by 16"), (transunet, "train set.npz --method magic", "invalid choice"),
+    (transunet, "predict nowhere.pt set.npz", "transunet.py train"), (transunet, "predict kind.pt set.npz", "other"),
+    (controlnet, "train-base key.npz", "no array 'image'"), (controlnet, "train-base odd.npz", "divisible by 8"),
+    (controlnet, "train-control set.npz nowhere.pt", "train-base"), (controlnet, "sample kind.pt set.npz", "control"),
+    (controlnet, "sample nowhere.pt set.npz", "train-control"), (controlnet, "agree nowhere.pt set.npz set.npz", "transunet"),
+    (fairness, "table nowhere.npz set.npz", "fairdiff.py phantom"), (fairness, "table set.npz two.npz", "names"),
+    (fairness, "table norace.npz norace.npz", "known race"),
+]
+
+
+@pytest.mark.parametrize("module, line, what", BAD, ids=[f"{m.__name__} {b}" for m, b, _ in BAD])
+def test_bad_input(bad, capsys, module, line, what):
+    """Exit code 2, one line on stderr that says what is wrong, no new file."""
+    before = sorted(p for p in bad.rglob("*"))
+    assert module.main(line.split()) == 2
+    err = capsys.readouterr().err
+    assert what in err and len(err.splitlines()) == 1 and "Traceback" not in err
+    assert sorted(p for p in bad.rglob("*")) == before

@@ -1,0 +1,172 @@
+"""pointdiff.py: the round trip mask -> points -> mask, validity, the PointNet, the DDPM."""
+import numpy as np
+import pytest
+import torch
+
+import fairdiff
+import pointdiff
+from pointdiff import DDPM, PointNet, is_valid, mask_to_points, points_to_mask
+
+
+def overlap(a, b):
+    return (a & b).sum() / max(1, (a | b).sum())
+
+
+@pytest.mark.parametrize("size", [32, 64, 200])
+def test_round_trip_of_shuffled_points(size):
+    """Mask -> 512 points -> any order -> mask keeps IoU above 0.99 for cup, disc and rim."""
+    rng = np.random.default_rng(0)
+    for mask in fairdiff.make_phantom(10, size, seed=1)["mask"]:
+        points = mask_to_points(mask)
+        assert points.shape == (512, 3) and points.dtype == np.float32 and is_valid(points)
+        assert (points[:, 2] == 1).sum() == 256 and (points[:, 2] == -1).sum() == 256
+        back = points_to_mask(rng.permutation(points), size)
+        assert min(overlap(mask == 2, back == 2), overlap(mask > 0, back > 0), overlap(mask == 1, back == 1)) > 0.99
+
+
+def test_points_have_the_stated_coordinates():
+    """A disc of columns 2..5, rows 4..5 in 8 x 16 pixels: its outline runs midway to the neighbours' centres."""
+    mask = np.zeros((8, 16), np.uint8)
+    mask[4:6, 2:6] = 1
+    points = mask_to_points(mask)
+    x, y = 2 * (np.arange(16) + 0.5) / 16 - 1, 2 * (np.arange(8) + 0.5) / 8 - 1
+    assert np.isclose(points[:, 0].min(), (x[1] + x[2]) / 2) and np.isclose(points[:, 0].max(), (x[5] + x[6]) / 2)
+    assert np.isclose(points[:, 1].min(), (y[3] + y[4]) / 2) and np.isclose(points[:, 1].max(), (y[5] + y[6]) / 2)
+    assert (points[:, 2] == -1).all()                                   # no cup: all of it is disc
+    assert np.array_equal(points_to_mask(points, (8, 16)), mask)
+
+
+def test_odd_masks():
+    """No disc is an error; one pixel, a disc at the border, a cup of one pixel, holes and crumbs all come back."""
+    with pytest.raises(ValueError, match="without disc"):
+        mask_to_points(np.zeros((16, 16), np.uint8))
+    one = np.zeros((16, 16), np.uint8)
+    one[3, 4] = 1
+    assert np.array_equal(points_to_mask(mask_to_points(one), 16), one)
+    yy, xx = np.mgrid[:64, :64]
+    border = ((xx - 5) ** 2 + (yy - 30) ** 2 < 400).astype(np.uint8)
+    assert overlap(points_to_mask(mask_to_points(border), 64) > 0, border > 0) > 0.98
+    clean = ((xx - 30) ** 2 + (yy - 30) ** 2 < 400).astype(np.uint8)
+    clean[28, 31] = 2
+    dirty = clean.copy()
+    dirty[40, 40], dirty[2:4, 60:62] = 0, 1                             # a hole and a crumb
+    assert np.array_equal(points_to_mask(mask_to_points(dirty), 64), clean)
+
+
+def test_noisy_points_give_smooth_outlines():
+    """With scatter 0.01 the outline stays within 0.005 of the true circle (noise alone would be 0.01 and more)."""
+    rng = np.random.default_rng(0)
+    angle = rng.uniform(0, 2 * np.pi, 256)
+    xy = 0.4 * np.stack([np.cos(angle), np.sin(angle)], 1) + rng.normal(0, 0.01, (256, 2))
+    centre, radius = pointdiff.read_outline(xy)
+    assert np.sqrt(np.mean((radius - 0.4) ** 2)) < 0.005
+    clean = 0.4 * np.stack([np.cos(angle), np.sin(angle)], 1) * (1 + 0.05 * np.cos(9 * angle))[:, None]
+    centre, radius = pointdiff.read_outline(clean)                      # fine detail of clean points stays
+    assert 0.04 < (radius.max() - radius.min()) / 2 / 0.4 < 0.06
+
+
+def test_unreadable_points_are_an_error():
+    """Too few points, or none that are finite: ValueError, and not valid."""
+    for points in (np.zeros((5, 3)), np.full((512, 3), np.nan)):
+        with pytest.raises(ValueError):
+            points_to_mask(points, 32)
+        assert not is_valid(points)
+
+
+def test_validity_rejects_noise():
+    """Of 100 clouds of pure noise, and of 100 masks with noise 0.2 added, at most 5 % are valid."""
+    rng = np.random.default_rng(0)
+    assert np.mean([is_valid(rng.normal(size=(512, 3))) for _ in range(100)]) <= 0.05
+    clouds = [mask_to_points(m) for m in fairdiff.make_phantom(100, 64, seed=2)["mask"]]
+    assert np.mean([is_valid(c) for c in clouds]) == 1
+    assert np.mean([is_valid(c + rng.normal(0, 0.2, c.shape)) for c in clouds]) <= 0.05
+
+
+def test_validity_sees_gaps_and_crossings():
+    """A missing eighth of the disc, or a cup that sticks out of it, makes a cloud invalid."""
+    cloud = mask_to_points(fairdiff.make_phantom(1, 64, seed=2)["mask"][0])
+    disc = cloud[cloud[:, 2] < 0]
+    angle = np.arctan2(*(disc[:, :2] - disc[:, :2].mean(0)).T)
+    assert not is_valid(np.concatenate([cloud[cloud[:, 2] > 0], disc[np.abs(angle) > np.pi / 8]]))
+    moved = cloud.copy()
+    moved[moved[:, 2] > 0, 0] += 0.4
+    assert is_valid(cloud) and not is_valid(moved)
+
+
+def live(net):
+    """A network whose zero-initialised parts are not zero, so that it can be wrong."""
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    return net.eval()
+
+
+def test_pointnet_is_permutation_equivariant():
+    """Permuting the points permutes the output; t, the group and the other points all matter."""
+    net = live(PointNet(3, width=32, depth=2))
+    x, t, g = torch.randn(2, 50, 3), torch.tensor([3, 700]), torch.tensor([0, -1])
+    order = torch.randperm(50)
+    y = net(x, t, g)
+    assert torch.allclose(net(x[:, order], t, g), y[:, order], atol=1e-5)
+    assert not torch.allclose(net(x, t + 100, g), y) and not torch.allclose(net(x, t, g + 1), y)
+    changed = x.clone()
+    changed[:, 0] += 5
+    assert not torch.allclose(net(changed, t, g)[:, 1:], y[:, 1:], atol=1e-4)
+
+
+def test_null_group_is_not_the_last_group():
+    """Group -1 has an embedding of its own."""
+    net = live(PointNet(3, width=32, depth=1))
+    x, t = torch.randn(1, 20, 3), torch.tensor([5])
+    out = [net(x, t, torch.tensor([g])) for g in (-1, 0, 1, 2)]
+    assert all(not torch.allclose(out[0], o) for o in out[1:])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_schedule_ends(schedule):
+    """Almost no noise at t = 0, almost no signal at t = T - 1, falling in between."""
+    a = DDPM(1000, schedule=schedule).alpha_bar
+    assert a[0] > 0.999 and 0 < a[-1] < 1e-4 and (a.diff() < 0).all()
+
+
+def test_noise_at_both_ends():
+    """x_0 is nearly the data and x_{T-1} nearly the noise."""
+    d, x0, eps = DDPM(), torch.randn(4, 7, 3), torch.randn(4, 7, 3)
+    assert torch.allclose(d.noise(x0, torch.zeros(4, dtype=torch.long), eps), x0, atol=0.05)
+    assert torch.allclose(d.noise(x0, torch.full((4,), 999), eps), eps, atol=0.02)
+
+
+@pytest.mark.parametrize("predict", ["v", "eps"])
+@pytest.mark.parametrize("steps, eta", [(1, 0.0), (10, 0.0), (50, 1.0), (5000, 0.0)])
+def test_analytic_noise_drives_the_sampler_back_to_x0(predict, steps, eta):
+    """A network that knows x0 and answers with the exact target makes the sampler return x0."""
+    d = DDPM(predict=predict)
+    x0 = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+
+    def oracle(x, t):
+        signal, sigma = d._levels(t, x)
+        eps = (x - signal * x0) / sigma
+        return eps if predict == "eps" else signal * eps - sigma * x0
+    out = d.sample(oracle, (2, 5, 3), steps=steps, eta=eta, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(out, x0, atol=0.02 if predict == "eps" else 2e-3)
+
+
+def test_loss_is_zero_for_the_oracle_and_draws_both_ends():
+    """The exact target has loss 0; over many draws both t = 0 and t = T - 1 occur (missed by chance: e^-20)."""
+    d, seen = DDPM(T=50), set()
+    x0 = torch.randn(1000, 4)
+
+    def oracle(x, t):
+        seen.update(t.tolist())
+        signal, sigma = d._levels(t, x)
+        return signal * (x - signal * x0) / sigma - sigma * x0
+    assert d.loss(oracle, x0) < 1e-6 and {0, 49} <= seen
+    assert d.loss(lambda x, t: torch.zeros_like(x), x0) > 0.5
+
+
+def test_sampling_depends_on_the_generator_alone():
+    """The same generator seed gives the same clouds, another seed others."""
+    net, d = live(PointNet(2, width=16, depth=1)), DDPM()
+    draw = [d.sample(net, (2, 9, 3), torch.tensor([0, 1]), steps=4, generator=torch.Generator().manual_seed(s))
+            for s in (0, 0, 1)]
+    assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])

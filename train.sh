@@ -1,0 +1,112 @@
+#!/usr/bin/env bash
+# FairDiff from data to table: masks drawn for every group, images painted over them, an equal-scale
+# training set, TransUNet trained with and without it, fairness measured.
+#
+#   bash train.sh                                  a GPU if CUDA works, else a laptop's two cores
+#   SCALE=smoke bash train.sh                      every stage in a minute, results meaningless
+#   DATA=path/to/fairseg bash train.sh             Harvard-FairSeg files instead of the phantom
+#   ATTRIBUTE=gender OUT=out-gender SEED=1 bash train.sh
+#
+# The same command again skips complete stages and continues an interrupted one.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+SCALE=${SCALE:-} ATTRIBUTE=${ATTRIBUTE:-race} DATA=${DATA:-} OUT=${OUT:-out} SEED=${SEED:-0}
+die() { echo "train.sh: $1" >&2; exit 2; }
+
+python=python3                                          # the one at hand if it has the packages, else .venv
+has_packages() { "$1" -c 'from importlib.util import find_spec as f
+import sys; sys.exit(not all(map(f, ("torch", "numpy", "scipy", "PIL", "tqdm"))))' 2>/dev/null; }
+if ! has_packages $python; then
+  python=$here/.venv/bin/python
+  if ! has_packages "$python"; then
+    echo "installing the five packages of requirements.txt into .venv"
+    python3 -m venv "$here/.venv" && "$python" -m pip install -q -r "$here/requirements.txt"
+  fi
+fi
+if [ -z "$SCALE" ]; then
+  SCALE=cpu why="no working CUDA device"
+  if command -v nvidia-smi >/dev/null && "$python" -c 'import torch as t, sys; sys.exit(not t.cuda.is_available())'
+  then SCALE=gpu why="CUDA works"; fi
+fi
+
+# One dial. size: pixels a side; train, test: phantom patients; *_steps, *_batch: optimizer steps and their
+# batch; draw: sampler steps of points and images; seg: further flags of every TransUNet.
+case $SCALE in
+  smoke) size=32 train=96 test=60 points_steps=300 points_batch=16 image_steps=20 image_batch=8 seg_steps=20
+         seg_batch=8 draw_points=10 draw_images=4 points="--width 64 --depth 3" seg="" ;;
+  cpu)   size=64 train=1000 test=2000 points_steps=1500 points_batch=32 image_steps=500 image_batch=16 seg_steps=300
+         seg_batch=16 draw_points=20 draw_images=20 points="" seg="" ;;
+  gpu)   size=128 train=8000 test=2000 points_steps=10000 points_batch=48 image_steps=6000 image_batch=48
+         seg_steps=3000 seg_batch=48 draw_points=50 draw_images=50 points="" seg="--optimizer sgd" ;;
+  paper) size=224 train=8000 test=2000 points_steps=2000000 points_batch=48 image_steps=100000 image_batch=48
+         seg_steps=50000 seg_batch=48 draw_points=100 draw_images=50 points="--lr 1e-4" seg="--base --optimizer sgd" ;;
+  *) die "SCALE=$SCALE: expected smoke, cpu, gpu or paper" ;;
+esac
+echo "SCALE=$SCALE (${why:-as asked}) ATTRIBUTE=$ATTRIBUTE SEED=$SEED OUT=$OUT DATA=${DATA:-phantom}"
+
+log=$OUT/log
+mkdir -p "$log" 2>/dev/null || die "OUT=$OUT: cannot make this folder"
+export PYTHONUNBUFFERED=1
+stage() {                                               # stage NAME FILE.py ARGUMENTS...: run once, keep its log
+  local name=$1 file=$2 started=$SECONDS; shift 2
+  if [ -f "$log/$name.done" ]; then
+    [ "$(sed -n 2p "$log/$name.done")" = "$file $*" ] ||
+      die "$OUT holds stage $name of another configuration: choose another OUT, or remove $OUT"
+    echo "== $name: complete, skipped"; return
+  fi
+  echo "== $name: $file $*"
+  "$python" "$here/$file" "$@" | tee "$log/$name.txt"
+  printf '%s\n%s\n' "$((SECONDS - started))" "$file $*" > "$log/$name.done.part"
+  mv "$log/$name.done.part" "$log/$name.done"
+}
+
+# 1. The data. The oracle's set is real, balanced and of the same size: the most that synthesis could buy.
+if [ -n "$DATA" ]; then stage data fairdiff.py fairseg "$DATA" --out "$OUT/data" --size $size; rows=""
+else
+  stage data fairdiff.py phantom --out "$OUT/data" --train $train --test $test --size $size --seed "$SEED"
+  rows=""
+  if [ "$ATTRIBUTE" != age ]; then
+    stage oracle-data fairdiff.py phantom --out "$OUT/oracle" --train $train --test 0 --size $size --seed "$SEED" \
+      --balance "$ATTRIBUTE"
+    rows=oracle
+  fi
+fi
+real=$OUT/data/train.npz testset=$OUT/data/test.npz
+common="--seed $SEED"
+
+# 2. Points to masks (Section 2.2).
+stage points pointdiff.py train "$real" --attribute "$ATTRIBUTE" --steps $points_steps --batch $points_batch $points \
+  $common --out "$OUT/points.pt"
+stage masks pointdiff.py sample "$OUT/points.pt" --steps $draw_points $common --out "$OUT/masks.npz"
+# 3. Masks to images (Section 2.3).
+stage base controlnet.py train-base "$real" --attribute "$ATTRIBUTE" --steps $image_steps --batch $image_batch $common \
+  --out "$OUT/base.pt"
+stage control controlnet.py train-control "$real" "$OUT/base.pt" --steps $image_steps --batch $image_batch $common \
+  --out "$OUT/control.pt"
+stage synthetic controlnet.py sample "$OUT/control.pt" "$OUT/masks.npz" --steps $draw_images $common \
+  --out "$OUT/synthetic.npz"
+# 4. Equal Scale (Section 2.4).
+stage mix fairdiff.py mix "$real" "$OUT/synthetic.npz" --attribute "$ATTRIBUTE" $common --out "$OUT/mixed.npz"
+# 5. TransUNet on each training set (Section 3), and a judge of another width and seed that only reports.
+predictions=()
+for row in plain oversample equal $rows; do
+  method=plain set=$real
+  case $row in oversample) method=oversample ;; equal) set=$OUT/mixed.npz ;; oracle) set=$OUT/oracle/train.npz ;; esac
+  stage $row transunet.py train "$set" --method $method --attribute "$ATTRIBUTE" --steps $seg_steps --batch $seg_batch \
+    $seg $common --out "$OUT/$row.pt"
+  stage predict-$row transunet.py predict "$OUT/$row.pt" "$testset" --out "$OUT/pred/$row.npz"
+  predictions+=("$OUT/pred/$row.npz")
+done
+stage judge transunet.py train "$real" --method oversample --attribute "$ATTRIBUTE" --width 24 --steps $seg_steps \
+  --batch $seg_batch --seed $((SEED + 1000)) --out "$OUT/judge.pt"
+# 6. The figures.
+stage agree controlnet.py agree "$OUT/judge.pt" "$OUT/synthetic.npz" "$testset" --attribute "$ATTRIBUTE" \
+  --out "$OUT/agreement.csv"
+stage table fairness.py table "$testset" "${predictions[@]}" --attribute "$ATTRIBUTE" --out "$OUT/results.csv"
+stage report fairdiff.py report "$OUT"
+
+for f in mix agree table; do echo; cat "$log/$f.txt"; done
+echo; echo "pictures:"; find "$OUT" -name '*.png' | sort
+echo "seconds:"
+for f in "$log"/*.done; do printf '%7s %s\n' "$(sed -n 1p "$f")" "$(basename "$f" .done)"; done | sort -n
+echo "everything: $OUT/report.html"
