@@ -46,7 +46,7 @@ from fairdiff import (
 )
 from fairness import dice
 from pointdiff import DDPM, timestep_embedding
-from transunet import check_size, load_segmenter, segment
+from transunet import check_size, draw_batch, load_segmenter, method_weights, segment
 
 # B batch, C channels, H W image, h w features, G groups, T diffusion steps.
 
@@ -137,7 +137,7 @@ class Decoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """Group-conditional image denoiser: x (B,1,H,W) in [-1,1], t long (B,), group long (B,), -1 unknown ->
+    """Group-conditional image denoiser: x (B,1,H,W), t long (B,), group long (B,), -1 unknown ->
 (B,1,H,W).
 
     patch: side of the pixel-unshuffle that folds p x p pixels into channels before the first convolution;
@@ -214,12 +214,14 @@ def train(args):
     state = load_checkpoint(args.base, "base", HELP_BASE) if control else None
     attribute = state["config"]["attribute"] if control else args.attribute
     code, names = known_groups(data, attribute)
-    shared = state["config"] if control else {"widths": [args.width, 2 * args.width, 3 * args.width],
-                                              "patch": args.patch or max(2, data["image"].shape[1] // 32)}
-    config = {"kind": "control" if control else "base", "attribute": attribute, "groups": list(names),
-              "T": 1000, "widths": shared["widths"], "patch": shared["patch"], "steps": args.steps,
-              "batch": args.batch, "lr": args.lr, "seed": args.seed,
-              "data": fingerprint(data["image"], data["mask"], code)}
+    shared = state["config"] if control else {
+        "widths": [args.width, 2 * args.width, 3 * args.width],
+        "patch": args.patch or max(2, data["image"].shape[1] // 32),
+        "mean": float(data["image"].mean()), "std": float(data["image"].std()) + 1e-6}
+    config = {k: shared[k] for k in ("widths", "patch", "mean", "std")}
+    config |= {"kind": "control" if control else "base", "attribute": attribute, "groups": list(names),
+               "T": 1000, "steps": args.steps, "batch": args.batch, "lr": args.lr, "seed": args.seed,
+               "data": fingerprint(data["image"], data["mask"], code)}
     check_grid(data, args.set, config)
     torch.manual_seed(args.seed)
     if control:
@@ -230,6 +232,7 @@ def train(args):
         net.copy.load_state_dict(net.base.encoder.state_dict())
     net = net.to(device, memory_format=torch.channels_last)
     image, mask, group = (torch.as_tensor(a, device=device) for a in (data["image"], data["mask"], code))
+    weight = method_weights(data, attribute, "oversample")              # the rare groups need the steps most
     trained = [p for p in net.parameters() if p.requires_grad]
     ema, optimizer = EMA(net, 0.995), torch.optim.AdamW(trained, args.lr, weight_decay=0.0, fused=True)
     start, log = resume(args.out, config, net, ema, optimizer)
@@ -238,12 +241,17 @@ def train(args):
         torch.manual_seed((args.seed << 32) + step)                     # chance is a function of (seed, step)
         for g in optimizer.param_groups:                              # warm up, then half a cosine to a tenth
             g["lr"] = args.lr * min((step + 1) / 50, 0.55 + 0.45 * math.cos(math.pi * step / args.steps))
-        index = torch.randint(len(image), (args.batch,), device=device)
-        x0, cond = image[index, None].float() / 127.5 - 1, (group[index].long(),)
-        if control:
+        index = draw_batch(weight, args.batch).to(device)
+        # Unit variance, as the schedule assumes: scaled to [-1, 1] grey images would drown in noise early.
+        x0, cond = (image[index, None].float() - config["mean"]) / config["std"], (group[index].long(),)
+        focus = torch.ones(())
+        if control:                                                     # the labelled part counts fivefold
             cond += (mask[index].long(),)
+            focus = 1 + 4 * F.max_pool2d((cond[1] > 0).float(), 9, 1, 4)[:, None]
+        if torch.rand(()) < 0.5:                                        # left and right eyes are mirrored
+            x0, focus, *cond = (a.flip(-1) if a.ndim > 2 else a for a in (x0, focus, *cond))
         with autocast(device, dtype):
-            loss = ddpm.loss(net, x0, *cond)
+            loss = ddpm.loss(net, x0, *cond, weight=focus / focus.mean())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -255,24 +263,25 @@ def train(args):
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
             save_training(args.out, config, net, ema, optimizer, step + 1, log)
     print(f"{config['kind']}: loss {np.mean([v for _, v in log[-5:]]):.4f} after {args.steps} steps")
-    preview(args.out, net, ema, ddpm, data, code, names, device, dtype, control)
+    net.load_state_dict(ema.state)
+    preview(args.out, net, ddpm, config, data, code, device, dtype)
 
 
-def preview(out, net, ema, ddpm, data, code, names, device, dtype, control):
+def preview(out, net, ddpm, config, data, code, device, dtype):
     """The sheet beside a checkpoint: per group real images and generated ones, over their masks where there
 are."""
-    net.load_state_dict(ema.state)
+    control = config["kind"] == "control"
     rows, labels = [], []
     for g in np.unique(code[code >= 0]):
         show = np.flatnonzero(code == g)[:8]
-        images = sample_images(net, ddpm, code[show], data["mask"][show] if control else None,
+        images = sample_images(net, ddpm, config, code[show], data["mask"][show] if control else None,
                                data["image"].shape[1:], 20, torch.Generator(device).manual_seed(0), dtype)
         real = data["image"][show]
         if control:
             real, images = ([outline(i, m) for i, m in zip(x, data["mask"][show], strict=True)]
                             for x in (real, images))
         rows += [list(real), list(images)]
-        labels += [f"{names[g]} real", "generated"]
+        labels += [f"{config['groups'][g]} real", "generated"]
     save_sheet(f"{out}.png", rows, labels)
 
 
@@ -288,18 +297,19 @@ def check_grid(data, path, config):
 # Sampling
 
 @torch.no_grad()
-def sample_images(net, ddpm, code, mask, size, steps, generator, dtype=None, batch=50, progress=False):
-    """Images uint8 (N,H,W) of groups code (N,), painted over masks uint8 (N,H,W), or freely where mask is
-None."""
+def sample_images(net, ddpm, config, code, mask, size, steps, generator, dtype=None, batch=50):
+    """Images uint8 (N,H,W) of groups code (N,), over masks uint8 (N,H,W) or, None, freely."""
     net.eval()
+    mean, std = config["mean"], config["std"]
     out = np.empty((len(code), *size), np.uint8)
-    for i in tqdm(range(0, len(code), batch), "images", disable=not progress):
+    for i in tqdm(range(0, len(code), batch), "images", leave=False):
         cond = [torch.as_tensor(code[i:i + batch].astype(np.int64), device=generator.device)]
         if mask is not None:
             cond.append(torch.as_tensor(mask[i:i + batch].astype(np.int64), device=generator.device))
         with autocast(generator.device, dtype):
-            x = ddpm.sample(net, (len(cond[0]), 1, *size), *cond, steps=steps, generator=generator, clip=1)
-        out[i:i + batch] = ((x[:, 0] + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
+            x = ddpm.sample(net, (len(cond[0]), 1, *size), *cond, steps=steps, generator=generator,
+                            clip=(-mean / std, (255 - mean) / std))
+        out[i:i + batch] = (x[:, 0] * std + mean).round().clamp(0, 255).byte().cpu().numpy()
     return out
 
 
@@ -314,8 +324,8 @@ def sample(args):
     net, ddpm = build(config)
     net.load_state_dict(state["ema"])
     net = net.to(device, memory_format=torch.channels_last)
-    images = sample_images(net, ddpm, code, data["mask"], data["mask"].shape[1:], args.steps,
-                           torch.Generator(device).manual_seed(args.seed), dtype, progress=True)
+    images = sample_images(net, ddpm, config, code, data["mask"], data["mask"].shape[1:], args.steps,
+                           torch.Generator(device).manual_seed(args.seed), dtype)
     save_set(args.out, data | {"image": images, "synthetic": np.ones(len(images), bool)})
     print(f"{args.out}: {len(images)} images")
     groups = np.unique(code)

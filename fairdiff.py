@@ -77,15 +77,14 @@ MARGINALS = {
 # What race shifts in the phantom. Lengths in image widths, grey values in [0, 1].
 #              Asian  Black  White
 PHANTOM = {
-    "radius": (0.195, 0.215, 0.200),        # mean radius of the disc
+    "radius": (0.200, 0.215, 0.200),        # mean radius of the disc
     "cdr": (0.54, 0.60, 0.54),              # cup-to-disc ratio
     "aspect": (1.18, 1.05, 1.08),           # height over width of the disc
-    "tilt": (0.45, 0.10, 0.00),             # its axis against the vertical, radians
-    "pigment": (0.46, 0.26, 0.38),          # grey of the fundus beside the disc
-    "rim": (0.12, 0.13, 0.13),              # the rim against the fundus
-    "cup": (-0.12, 0.11, 0.125),            # the cup against the rim: in the rare group it is *darker*
-    "dark": (0.75, 0.0, 0.0),               # how often the rim is darker than the fundus, and the cup than it
-    "blur": (0.015, 0.015, 0.014),          # standard deviation of the edges
+    "tilt": (0.35, 0.10, 0.00),             # its axis against the vertical, radians
+    "pigment": (0.45, 0.26, 0.38),          # grey of the fundus beside the disc
+    "rim": (0.18, 0.18, 0.17),              # the rim against the fundus
+    "cup": (-0.18, 0.15, 0.18),             # the cup against the rim: in the rare group it is *darker*
+    "blur": (0.014, 0.013, 0.013),          # standard deviation of the edges
     "vessel": (0.55, 0.40, 0.48),           # share of the light that a vessel takes away
 }
 
@@ -171,9 +170,8 @@ def _phantom_image(rng, mask, look):
     light = light + rng.normal(0, 0.06) * c[None] + rng.normal(0, 0.06) * c[:, None]
     image = look["pigment"] + rng.normal(0, 0.035)
     image = image + 0.022 * _cloud(rng, size, 6) + 0.018 * _cloud(rng, size, 20)
-    sign = np.where(rng.random(2) < look["dark"], -1, 1)
-    image += sign[0] * (look["rim"] + rng.normal(0, 0.025)) * disc * (1 + 0.12 * _cloud(rng, size, 5))
-    image += sign[1] * (look["cup"] + rng.normal(0, 0.03)) * cup
+    image += (look["rim"] + rng.normal(0, 0.025)) * disc * (1 + 0.12 * _cloud(rng, size, 5))
+    image += (look["cup"] + rng.normal(0, 0.03)) * cup
     vessels = ndimage.gaussian_filter(_vessel_tree(rng, size, cx, cy, radius), 0.004 * size)
     image *= 1 - look["vessel"] * vessels * (1 - 0.35 * cup)            # fainter where they dive into the cup
     grain = ndimage.gaussian_filter(rng.standard_normal((size, size), np.float32), 0.5)

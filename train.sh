@@ -29,17 +29,22 @@ if [ -z "$SCALE" ]; then
   then SCALE=gpu why="CUDA works"; fi
 fi
 
-# One dial. size: pixels a side; train, test: phantom patients; *_steps, *_batch: optimizer steps and their
-# batch; draw: sampler steps of points and images; seg: further flags of every TransUNet.
+# One dial. size: pixels a side; train, test: phantom patients; then optimizer steps and batch of the point
+# model, the base, the ControlNet and every TransUNet; draw: sampler steps; *_flags: what else a stage is told.
+points_flags="" draw_flags="" base_flags="" seg_flags=""
 case $SCALE in
-  smoke) size=32 train=96 test=60 points_steps=300 points_batch=16 image_steps=20 image_batch=8 seg_steps=20
-         seg_batch=8 draw_points=10 draw_images=4 points="--width 64 --depth 3" seg="" ;;
-  cpu)   size=64 train=1000 test=2000 points_steps=1500 points_batch=32 image_steps=500 image_batch=16 seg_steps=300
-         seg_batch=16 draw_points=20 draw_images=20 points="" seg="" ;;
-  gpu)   size=128 train=8000 test=2000 points_steps=10000 points_batch=48 image_steps=6000 image_batch=48
-         seg_steps=3000 seg_batch=48 draw_points=50 draw_images=50 points="" seg="--optimizer sgd" ;;
-  paper) size=224 train=8000 test=2000 points_steps=2000000 points_batch=48 image_steps=100000 image_batch=48
-         seg_steps=50000 seg_batch=48 draw_points=100 draw_images=50 points="--lr 1e-4" seg="--base --optimizer sgd" ;;
+  smoke) size=32 train=96 test=60                       # every line of the code, in a minute
+         points=300 points_batch=16 base=20 control=20 image_batch=8 seg=20 seg_batch=8 draw_points=25 draw_images=4
+         points_flags="--width 64 --depth 2 --lr 6e-3" draw_flags=--rough base_flags="--width 16" ;;
+  cpu)   size=64 train=1000 test=2000                   # 92 patients of the rare group; 3 + 4 + 5 minutes to train
+         points=2000 points_batch=32 base=200 control=700 image_batch=16 seg=330 seg_batch=16
+         draw_points=25 draw_images=20 ;;
+  gpu)   size=128 train=8000 test=2000                  # the real data's size and proportions
+         points=10000 points_batch=48 base=3000 control=6000 image_batch=48 seg=3000 seg_batch=48
+         draw_points=100 draw_images=50 points_flags="--points 512" seg_flags="--optimizer sgd" ;;
+  paper) size=224 train=8000 test=2000                  # 3.1: 2 M steps of 48 at 1e-4; 300 epochs of 8,000 in 48s
+         points=2000000 points_batch=48 base=50000 control=100000 image_batch=48 seg=50000 seg_batch=48
+         draw_points=100 draw_images=50 points_flags="--points 512 --lr 1e-4" seg_flags="--base --optimizer sgd" ;;
   *) die "SCALE=$SCALE: expected smoke, cpu, gpu or paper" ;;
 esac
 echo "SCALE=$SCALE (${why:-as asked}) ATTRIBUTE=$ATTRIBUTE SEED=$SEED OUT=$OUT DATA=${DATA:-phantom}"
@@ -75,13 +80,13 @@ real=$OUT/data/train.npz testset=$OUT/data/test.npz
 common="--seed $SEED"
 
 # 2. Points to masks (Section 2.2).
-stage points pointdiff.py train "$real" --attribute "$ATTRIBUTE" --steps $points_steps --batch $points_batch $points \
+stage points pointdiff.py train "$real" --attribute "$ATTRIBUTE" --steps $points --batch $points_batch $points_flags \
   $common --out "$OUT/points.pt"
-stage masks pointdiff.py sample "$OUT/points.pt" --steps $draw_points $common --out "$OUT/masks.npz"
+stage masks pointdiff.py sample "$OUT/points.pt" --steps $draw_points $draw_flags $common --out "$OUT/masks.npz"
 # 3. Masks to images (Section 2.3).
-stage base controlnet.py train-base "$real" --attribute "$ATTRIBUTE" --steps $image_steps --batch $image_batch $common \
-  --out "$OUT/base.pt"
-stage control controlnet.py train-control "$real" "$OUT/base.pt" --steps $image_steps --batch $image_batch $common \
+stage base controlnet.py train-base "$real" --attribute "$ATTRIBUTE" --steps $base --batch $image_batch $base_flags \
+  $common --out "$OUT/base.pt"
+stage control controlnet.py train-control "$real" "$OUT/base.pt" --steps $control --batch $image_batch $common \
   --out "$OUT/control.pt"
 stage synthetic controlnet.py sample "$OUT/control.pt" "$OUT/masks.npz" --steps $draw_images $common \
   --out "$OUT/synthetic.npz"
@@ -92,12 +97,12 @@ predictions=()
 for row in plain oversample equal $rows; do
   method=plain set=$real
   case $row in oversample) method=oversample ;; equal) set=$OUT/mixed.npz ;; oracle) set=$OUT/oracle/train.npz ;; esac
-  stage $row transunet.py train "$set" --method $method --attribute "$ATTRIBUTE" --steps $seg_steps --batch $seg_batch \
-    $seg $common --out "$OUT/$row.pt"
+  stage $row transunet.py train "$set" --method $method --attribute "$ATTRIBUTE" --steps $seg --batch $seg_batch \
+    $seg_flags $common --out "$OUT/$row.pt"
   stage predict-$row transunet.py predict "$OUT/$row.pt" "$testset" --out "$OUT/pred/$row.npz"
   predictions+=("$OUT/pred/$row.npz")
 done
-stage judge transunet.py train "$real" --method oversample --attribute "$ATTRIBUTE" --width 24 --steps $seg_steps \
+stage judge transunet.py train "$real" --method oversample --attribute "$ATTRIBUTE" --width 24 --steps $seg \
   --batch $seg_batch --seed $((SEED + 1000)) --out "$OUT/judge.pt"
 # 6. The figures.
 stage agree controlnet.py agree "$OUT/judge.pt" "$OUT/synthetic.npz" "$testset" --attribute "$ATTRIBUTE" \
