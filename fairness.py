@@ -411,6 +411,7 @@ def table(args):
 
 
 def main(argv=None):
+    """The command line; returns the exit code."""
     parser = Parser(prog="fairness.py", description="Every number of the evaluation.")
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("table", help="score predictions by group")

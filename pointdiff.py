@@ -246,18 +246,6 @@ class PointBlock(nn.Module):
         return h + self.fc2(F.silu(self.fc1(y)))                        # (B, N, C)
 
 
-def polar(x):
-    """Points (B,N,3) and how the cloud's centre sees them: distance r, direction and its double, (B,N,10).
-
-    A ring is a constant in r and cos(2 theta) makes it an ellipse: with x and y alone the MLPs would have to
-    learn the square root first. The centre is a mean, so order is still nothing.
-    """
-    d = (x - x.mean(1, keepdim=True))[..., :2]                          # (B, N, 2)
-    r = d.square().sum(2, keepdim=True).add(1e-8).sqrt()                # (B, N, 1)
-    cos, sin = (d / r).chunk(2, 2)
-    return torch.cat([x, d, r, cos, sin, cos * cos - sin * sin, 2 * cos * sin], 2)
-
-
 class PointNet(nn.Module):
     """Denoiser of point clouds: x (B,N,3), t long (B,), group long (B,) with -1 unknown -> (B,N,3).
 
@@ -269,20 +257,18 @@ class PointNet(nn.Module):
         self.width = width
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.group = nn.Embedding(n_groups + 1, width)               # row 0 is the null embedding of group -1
-        self.enter = nn.Linear(10, width)
+        self.enter = nn.Linear(3, width)
         self.blocks = nn.ModuleList(PointBlock(width) for _ in range(depth))
-        self.leave = nn.Linear(width, 4)
+        self.leave = nn.Linear(width, 3)
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
 
     def forward(self, x, t, group):
         c = self.time(timestep_embedding(t, self.width)) + self.group(group + 1)      # (B, C)
-        features = polar(x)                                             # (B, N, 10)
-        h = self.enter(features)                                        # (B, N, C)
+        h = self.enter(x)                                               # (B, N, C)
         for block in self.blocks:
             h = block(h, c)                                             # (B, N, C)
-        y, along = self.leave(F.silu(h)).split((3, 1), 2)               # (B, N, 3), (B, N, 1)
-        return y + F.pad(along * features[..., 6:8], (0, 1))            # (B, N, 3): a step towards the ring
+        return self.leave(F.silu(h))                                    # (B, N, 3)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -114,11 +114,11 @@ def test_killed_and_resumed_equals_unbroken(command, set_file, trained, tmp_path
     assert controlnet.main([*argv, str(tmp_path / "whole.pt")]) == 0
     real, calls = DDPM.loss, []
 
-    def dying(*a):
+    def dying(*a, **k):
         calls.append(1)
         if len(calls) > 3:
             raise KeyboardInterrupt
-        return real(*a)
+        return real(*a, **k)
     monkeypatch.setattr(DDPM, "loss", dying)
     assert controlnet.main([*argv, str(tmp_path / "broken.pt")]) == 130
     monkeypatch.setattr(DDPM, "loss", real)
