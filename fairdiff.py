@@ -1,12 +1,11 @@
-"""FairDiff, the two ends of the pipeline: data in, Equal Scale, report out (Sections 2.1, 2.4 and 3.1 of the
-paper).
+"""FairDiff, the two ends of the pipeline: data in, Equal Scale, report out (Sections 2.1, 2.4, 3.1).
 
     python fairdiff.py phantom --out data --train 1000 --test 2000 --size 64  # a stand-in for Harvard-FairSeg
     python fairdiff.py fairseg FOLDER --out data --size 224               # the real thing, one .npz a patient
     python fairdiff.py mix data/train.npz synthetic.npz --attribute race --out mixed.npz              # Eq. 6
 
 The phantom is a caricature for teaching and testing and no medical evidence. Its race groups differ in
-anatomy and in appearance, all other attributes have no effect. It draws about 500 images of 64 px a second on
+anatomy and in appearance, all other attributes have no effect. It draws about 250 images of 64 px a second on
 one core.
 
 The second half of the file is the common ground of the other four: the dataset file, the checkpoint, EMA, the

@@ -3,7 +3,7 @@
 # training set, TransUNet trained with and without it, fairness measured.
 #
 #   bash train.sh                                  a GPU if CUDA works, else a laptop's two cores
-#   SCALE=smoke bash train.sh                      every stage in a minute, results meaningless
+#   SCALE=smoke bash train.sh                      every stage in 95 seconds, results meaningless
 #   DATA=path/to/fairseg bash train.sh             Harvard-FairSeg files instead of the phantom
 #   ATTRIBUTE=gender OUT=out-gender SEED=1 bash train.sh
 #
@@ -33,10 +33,10 @@ fi
 # model, the base, the ControlNet and every TransUNet; draw: sampler steps; *_flags: what else a stage is told.
 points_flags="" draw_flags="" base_flags="" seg_flags=""
 case $SCALE in
-  smoke) size=32 train=96 test=60                       # every line of the code, in a minute
+  smoke) size=32 train=96 test=60                       # every stage; the clouds may be --rough
          points=300 points_batch=16 base=20 control=20 image_batch=8 seg=20 seg_batch=8 draw_points=25 draw_images=4
          points_flags="--width 64 --depth 2 --lr 6e-3" draw_flags=--rough base_flags="--width 16" ;;
-  cpu)   size=64 train=1000 test=2000                   # 92 patients of the rare group; 3 + 4 + 5 minutes to train
+  cpu)   size=64 train=1000 test=2000                   # about 90 patients of the rare group
          points=2000 points_batch=32 base=200 control=700 image_batch=16 seg=330 seg_batch=16
          draw_points=25 draw_images=20 ;;
   gpu)   size=128 train=8000 test=2000                  # the real data's size and proportions
