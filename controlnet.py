@@ -44,7 +44,7 @@ from fairdiff import (
     save_sheet,
     save_training,
 )
-from fairness import dice
+from fairness import dice, surface_distance
 from pointdiff import DDPM, timestep_embedding
 from transunet import check_size, draw_batch, load_segmenter, method_weights, segment
 
@@ -137,8 +137,7 @@ class Decoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """Group-conditional image denoiser: x (B,1,H,W), t long (B,), group long (B,), -1 unknown ->
-(B,1,H,W).
+    """Group-conditional image denoiser: x (B,1,H,W), t, group long (B,), -1 unknown -> (B,1,H,W).
 
     patch: side of the pixel-unshuffle that folds p x p pixels into channels before the first convolution;
     widths: channels a level; H and W divisible by patch * 2^(levels - 1).
@@ -268,8 +267,7 @@ def train(args):
 
 
 def preview(out, net, ddpm, config, data, code, device, dtype):
-    """The sheet beside a checkpoint: per group real images and generated ones, over their masks where there
-are."""
+    """The sheet beside a checkpoint: real images and generated ones of every group, over masks if any."""
     control = config["kind"] == "control"
     rows, labels = [], []
     for g in np.unique(code[code >= 0]):
@@ -337,31 +335,55 @@ def sample(args):
 # ------------------------------------------------------------------------------------------------------------
 # Agreement
 
+def read_back(judge, data, code, n_groups, device, dtype=None):
+    """What a judge reads in the images of a dataset against their masks, float (G, 3, 3).
+
+    Rim, cup and their mean; Dice, surface distance in pixels where it found the structure, and the share of
+    images where it did not. NaN for a group without images. code: group of each image (N,).
+    """
+    pred = segment(judge, data["image"], device, dtype)
+    out = np.full((n_groups, 3, 3), np.nan)
+    for j, structure in enumerate(("rim", "cup")):
+        scores, distance = (f(pred, data["mask"], structure) for f in (dice, surface_distance))
+        for g in range(n_groups):
+            there = (code == g) & np.isfinite(scores)
+            found = there & np.isfinite(distance)
+            if found.any():
+                out[g, j] = scores[there].mean(), distance[found].mean(), 1 - found.sum() / there.sum()
+    out[:, 2] = out[:, :2].mean(1)
+    return out
+
+
 def agree(args):
-    """Do generated images show what their masks say? A judge's Dice on them beside its Dice on real test
-images."""
+    """A judge's reading of generated images beside that of real ones: do they show what their masks say?"""
     device, dtype = pick_device(args.device)
     judge = load_segmenter(args.judge, device)
-    sets = {"generated": load_set(args.synthetic), "real": load_set(args.real)}
-    table = {}                                                    # (set, structure) -> Dice per image, groups
-    for label, data in sets.items():
-        check_size(data, args.synthetic if label == "generated" else args.real)
+    sides, counts = [], []
+    for path in (args.synthetic, args.real):
+        data = load_set(path)
+        check_size(data, path)
         code, names = known_groups(data, args.attribute)
-        pred = segment(judge, data["image"], device, dtype)
-        for structure in ("rim", "cup"):
-            table[label, structure] = dice(pred, data["mask"], structure), code
-    print(f"{'agreement':<12}{'structure':<10}{'n':>6}{'generated':>11}{'real':>8}{'ratio':>8}")
+        sides.append(read_back(judge, data, code, len(names), device, dtype))
+        counts.append(np.bincount(code[code >= 0], minlength=len(names)))
+    n, both = counts[0], np.isfinite(sides[0] * sides[1]).all((1, 2))
+    if not both.any():
+        raise InputError(f"{args.synthetic} and {args.real} have no group of {args.attribute} in common")
+    rows = [(names[g], n[g], *(s[g] for s in sides)) for g in np.flatnonzero(both)]
+    rows.append(("pooled", n[both].sum(), *(s[both].mean(0) for s in sides)))      # every group counts alike
+    print(f"{'agreement':<12}{'structure':<10}{'n':>6}{'Dice':>8}{'real':>8}{'ratio':>8}"
+          f"{'px off':>8}{'real':>8}{'ratio':>8}{'missing':>9}{'real':>8}")
     with replacing(args.out) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("group", "structure", "n", "generated", "real", "ratio"))
-        for g, name in enumerate((*names, "pooled")):
-            for structure in ("rim", "cup"):
-                scores = [table[label, structure] for label in ("generated", "real")]
-                picked = [s[c == g] if g < len(names) else s for s, c in scores]
-                if all(np.isfinite(p).any() for p in picked):
-                    n, a, b = len(picked[0]), *(float(np.nanmean(p)) for p in picked)
-                    writer.writerow((name, structure, n, f"{a:.6f}", f"{b:.6f}", f"{a / b:.6f}"))
-                    print(f"{name:<12}{structure:<10}{n:>6}{a:>11.3f}{b:>8.3f}{a / b:>8.3f}")
+        writer.writerow(("group", "structure", "figure", "n", "generated", "real", "ratio"))
+        for name, n, generated, real in rows:
+            for structure, a, b in zip(("rim", "cup", "mean"), generated, real, strict=True):
+                ratio = a / np.maximum(b, 1e-9)
+                for i, figure in enumerate(("dice", "distance", "missing")):
+                    writer.writerow((name, structure, figure, n, f"{a[i]:.6f}", f"{b[i]:.6f}",
+                                     f"{ratio[i]:.6f}" if figure != "missing" else ""))
+                print(f"{name:<12}{structure:<10}{n:>6}" + "".join(
+                    f"{a[i]:>8.3f}{b[i]:>8.3f}{ratio[i]:>8.3f}" for i in (0, 1))
+                      + f"{a[2]:>9.1%}{b[2]:>8.1%}")
 
 
 # ------------------------------------------------------------------------------------------------------------

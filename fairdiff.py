@@ -81,16 +81,17 @@ PHANTOM = {
     "aspect": (1.18, 1.05, 1.08),           # height over width of the disc
     "tilt": (0.35, 0.10, 0.00),             # its axis against the vertical, radians
     "pigment": (0.45, 0.26, 0.38),          # grey of the fundus beside the disc
-    "rim": (0.18, 0.18, 0.17),              # the rim against the fundus
-    "cup": (-0.18, 0.15, 0.18),             # the cup against the rim: in the rare group it is *darker*
+    "rim": (0.18, 0.17, 0.18),              # the rim against the fundus
+    "cup": (-0.16, 0.14, 0.18),             # the cup against the rim: in the rare group it is *darker*
+    "blot": (0.19, -0.18, -0.16),           # a blot in the rim: what the cup is in the other groups
     "blur": (0.014, 0.013, 0.013),          # standard deviation of the edges
     "vessel": (0.55, 0.40, 0.48),           # share of the light that a vessel takes away
 }
 
 
 def _group_look(race, shift):
-    """Phantom parameters of one group; shift 0, or an unknown group, gives the mean of the three."""
-    mean = {k: float(np.mean(v)) for k, v in PHANTOM.items()}
+    """Phantom parameters of one group; shift 0, or an unknown group, gives the mean patient's."""
+    mean = {k: float(np.dot(MARGINALS["race"], v)) for k, v in PHANTOM.items()}
     return mean if race < 0 else {k: mean[k] + shift * (v[race] - mean[k]) for k, v in PHANTOM.items()}
 
 
@@ -115,14 +116,13 @@ def _phantom_mask(rng, size, look):
     disc = inside(cx, cy, radius, aspect, tilt, 0.025)
     cdr = np.clip(look["cdr"] + rng.normal(0, 0.085), 0.25, 0.82)
     slack = (1 - cdr) * radius                                    # how far the cup may wander inside the disc
-    cup = inside(cx + rng.normal(0, 0.16) * slack, cy + rng.normal(0, 0.16) * slack,
+    cup = inside(cx + rng.normal(0, 0.35) * slack, cy + rng.normal(0, 0.35) * slack,
                  cdr * radius, 1 + 0.6 * (aspect - 1), tilt, 0.04)
     return ((disc < 1).astype(np.uint8) + ((cup < 1) & (disc < 0.93))).astype(np.uint8)
 
 
 def _vessel_tree(rng, size, cx, cy, radius):
-    """Vessel map in [0, 1] (size, size): four pairs of trunks that leave the disc, curve around the macula,
-branch."""
+    """Vessel map in [0, 1] (size, size): four pairs of trunks that leave the disc and branch."""
     fine = max(2, 256 // size) * size                                  # drawn fine, averaged down: soft edges
     canvas = Image.new("L", (fine, fine))
     pen = ImageDraw.Draw(canvas)
@@ -158,11 +158,17 @@ def _phantom_image(rng, mask, look):
     """Grey image uint8 (S, S) that a scanning laser ophthalmoscope might see over one label map (S, S)."""
     size = len(mask)
     disc, cup = (mask > 0).astype(np.float32), (mask == 2).astype(np.float32)
-    area = disc.sum()
-    cy, cx = ((np.array(ndimage.center_of_mass(disc)) + 0.5) / size) if area else (0.5, 0.5)
-    radius = np.sqrt(area / np.pi) / size if area else 0.2
+    (cy, cx), (qy, qx) = ((np.array(ndimage.center_of_mass(r)) + 0.5) / size if r.any() else (0.5, 0.5)
+                          for r in (disc, cup))
+    radius = np.sqrt(disc.sum() / np.pi) / size if disc.any() else 0.2
+    # The blot lies in the rim, away from the cup, and looks like the other groups' cups: which of the two is
+    # the cup, only the rest of the image tells.
+    way, far = np.arctan2(cy - qy, cx - qx) + rng.normal(0, 0.7), rng.uniform(0.4, 0.7) * radius
+    x = (np.arange(size) + 0.5) / size
+    blot = np.hypot(x - cx - far * np.cos(way), x[:, None] - cy - far * np.sin(way))
+    blot = ((blot < 0.42 * radius * np.exp(rng.normal(0, 0.15))) & (mask == 1)).astype(np.float32)
     blur = look["blur"] * np.exp(rng.normal(0, 0.2)) * size
-    disc, cup = ndimage.gaussian_filter(disc, blur), ndimage.gaussian_filter(cup, 1.15 * blur)
+    disc, cup, blot = (ndimage.gaussian_filter(r, s * blur) for r, s in ((disc, 1), (cup, 1.15), (blot, 1)))
     c = np.linspace(-1, 1, size, dtype=np.float32)
     off = rng.normal(0, 0.25, 2)                                        # the light is not centred
     light = 1.06 - 0.34 * ((c[None] - off[0]) ** 2 + (c[:, None] - off[1]) ** 2) / 2          # and falls off
@@ -170,7 +176,7 @@ def _phantom_image(rng, mask, look):
     image = look["pigment"] + rng.normal(0, 0.035)
     image = image + 0.022 * _cloud(rng, size, 6) + 0.018 * _cloud(rng, size, 20)
     image += (look["rim"] + rng.normal(0, 0.025)) * disc * (1 + 0.12 * _cloud(rng, size, 5))
-    image += (look["cup"] + rng.normal(0, 0.03)) * cup
+    image += (look["cup"] + rng.normal(0, 0.03)) * cup + (look["blot"] + rng.normal(0, 0.03)) * blot
     vessels = ndimage.gaussian_filter(_vessel_tree(rng, size, cx, cy, radius), 0.004 * size)
     image *= 1 - look["vessel"] * vessels * (1 - 0.35 * cup)            # fainter where they dive into the cup
     grain = ndimage.gaussian_filter(rng.standard_normal((size, size), np.float32), 0.5)
@@ -205,8 +211,8 @@ def make_phantom(n, size, seed, shift=1.0, balance=None):
     for attribute, share in MARGINALS.items():
         if attribute == balance:
             code = rng.permutation(np.arange(n) % len(share))
-        else:                                                           # the last value stands for unknown
-            code = rng.choice(len(share) + 1, n, p=(*share, max(0.0, 1 - sum(share))))
+        else:                                   # quotas, so that a seed changes the patients, not how many
+            code = rng.permutation(np.searchsorted(np.cumsum(share), (np.arange(n) + 0.5) / n))
             code = np.where(code == len(share), -1, code)
         data[attribute] = code.astype(np.int8)
     race = data["race"]
@@ -308,8 +314,7 @@ def export_fairseg(data, folder):
 # Equal Scale (Section 2.4, Eq. 6)
 
 def equal_scale(real, synthetic, attribute, target=None, seed=0, n_real=None):
-    """Top up every group of one attribute to the same size, Eq. 6: D = union over g of (D*_g,real +
-D*_g,synthetic).
+    """Top up every group of one attribute to the same size: D = U_g (D*_g,real + D*_g,synthetic), Eq. 6.
 
     real, synthetic: dataset dicts of one image size; target: images a group, None round(N_real / G) which
     keeps the size of the set, "max" the largest group; n_real: first draw that many real images in natural
@@ -369,8 +374,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(parser, argv):
-    """Parse argv and call args.run(args). Returns the exit code: 0 done, 2 bad input, 1 failed, 130
-interrupted."""
+    """Parse argv and call args.run(args). Exit codes: 0 done, 2 bad input, 1 failed, 130 interrupted."""
     try:
         args = parser.parse_args(argv)
         started = time.perf_counter()
@@ -405,8 +409,7 @@ def make_folder(path):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary path that takes the place of `path` on success and vanishes on failure: no half file,
-ever."""
+    """Yield a temporary path that takes the place of `path` on success and vanishes on failure."""
     path = pathlib.Path(path)
     make_folder(path.parent)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")           # same folder: rename is atomic there
@@ -463,8 +466,7 @@ def check_set(data, where):
 
 
 def load_set(path):
-    """Read and validate one dataset file; returns a dict of arrays. InputError where it is missing or
-malformed."""
+    """Read and validate one dataset file: a dict of arrays. InputError where it is missing or malformed."""
     try:
         with np.load(path, allow_pickle=False) as file:
             data = {k: file[k] for k in file.files}
@@ -560,8 +562,7 @@ def save_checkpoint(path, **state):
 
 
 def load_checkpoint(path, kind=None, help="train it first"):
-    """Read a checkpoint without running pickled code. InputError where it is missing, damaged or of another
-kind."""
+    """Read a checkpoint, running no pickled code. InputError where it is missing, damaged or another kind."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -598,8 +599,7 @@ def resume(path, config, net, ema, optimizer):
 
 
 def save_training(path, config, net, ema, optimizer, step, log):
-    """Checkpoint a training after `step` steps. FloatingPointError, and no file, where the last loss is not
-finite."""
+    """Checkpoint a training after `step` steps. FloatingPointError, and no file, for a loss not finite."""
     if log and not np.isfinite(log[-1][1]):
         raise FloatingPointError(f"the loss became {log[-1][1]} by step {log[-1][0]}; "
                                  f"{path} keeps the last good state")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from scipy import ndimage
 
 from fairdiff import ATTRIBUTES, InputError, Parser, known_groups, load_set, replacing, run_command
 
@@ -63,6 +64,23 @@ def iou(pred, true, label):
     """Intersection over union |P and T| / |P or T| of each image; all else as in `dice`."""
     both, p, t = _areas(pred, true, label)
     return _ratio(both, p + t - both)
+
+
+def surface_distance(pred, true, label):
+    """Symmetric mean surface distance of each image in pixels: between the outlines' pixels, both ways.
+
+    Arguments and errors as in `dice`. Returns float (N,) >= 0, NaN where the structure is missing in a mask.
+    """
+    _areas(pred[:1], true[:1], label)
+    code = LABELS.get(label, label)
+    out = np.full(len(pred), np.nan)
+    for i, masks in enumerate(zip(pred, true, strict=True)):
+        p, t = (m > 0 if code is None else m == code for m in masks)
+        if p.any() and t.any():
+            p, t = (m & ~ndimage.binary_erosion(m) for m in (p, t))     # a region at the border ends there
+            far = [ndimage.distance_transform_edt(~b)[a] for a, b in ((p, t), (t, p))]
+            out[i] = np.concatenate(far).mean()
+    return out
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -49,12 +49,21 @@ from fairdiff import (
 ANGLES = np.linspace(-np.pi, np.pi, 1024, endpoint=False)
 
 
+def _box(region):
+    """The rows and columns (two slices) that a bool array fills."""
+    rows, cols = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
+    return slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1)
+
+
 def _largest(region):
-    """The largest connected component of a bool array, its holes filled."""
-    labels, n = ndimage.label(region)
-    if n > 1:
-        region = labels == 1 + np.argmax(np.bincount(labels.ravel())[1:])
-    return ndimage.binary_fill_holes(region)
+    """The largest connected component of a bool array (H, W), its holes filled."""
+    box = _box(region)                                                  # what lies outside is background
+    labels, n = ndimage.label(np.pad(region[box], 1))
+    largest = 1 + np.argmax(np.bincount(labels.ravel())[1:])
+    outside, _ = ndimage.label(labels != largest)
+    clean = np.zeros_like(region)
+    clean[box] = (outside != outside[0, 0])[1:-1, 1:-1]                 # a hole is not joined to the corner
+    return clean
 
 
 def _by_angle(xy, centre):
@@ -71,10 +80,12 @@ def _boundary(region, n):
     The outline runs at the half level, midway between the centres of an inner and an outer pixel.
     """
     h, w = region.shape
-    padded = np.pad(region, 1)                                        # a region at the border is closed there
-    i, j = np.nonzero(padded[:, 1:] != padded[:, :-1])                  # left-right neighbours that differ
-    k, m = np.nonzero(padded[1:] != padded[:-1])                     # neighbours above each other that differ
-    xy = np.concatenate([np.stack([j, i - 0.5], 1), np.stack([m - 0.5, k], 1)]) * (2 / w, 2 / h) - 1
+    box = _box(region)
+    inside = np.pad(region[box], 1)                                  # a region at the border is closed there
+    i, j = np.nonzero(inside[:, 1:] != inside[:, :-1])                  # left-right neighbours that differ
+    k, m = np.nonzero(inside[1:] != inside[:-1])                     # neighbours above each other that differ
+    xy = np.concatenate([np.stack([j, i - 0.5], 1), np.stack([m - 0.5, k], 1)])
+    xy = (xy + (box[1].start, box[0].start)) * (2 / w, 2 / h) - 1
     xy = xy[_by_angle(xy, xy.mean(0))[2]]
     ring = np.concatenate([xy, xy[:1]])
     along = np.r_[0, np.cumsum(np.hypot(*np.diff(ring, axis=0).T))]
@@ -89,22 +100,15 @@ def mask_to_points(mask, n_points=512):
     where there is no cup. x runs right and y down, both [-1, 1] over the image; z = g(x, y) is +1 on the cup,
     -1 on the disc. Holes are filled and stray components dropped. ValueError for a mask without disc.
     """
-    disc = mask > 0
-    if not disc.any():
+    if not (mask > 0).any():
         raise ValueError("mask without disc: there is no outline to draw points from")
-    rows, cols = np.flatnonzero(disc.any(1)), np.flatnonzero(disc.any(0))
-    box = slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1)    # the rest of the image is background
-    disc = _largest(disc[box])
-    cup = (mask[box] == 2) & disc
+    disc = _largest(mask > 0)
+    cup = (mask == 2) & disc
     n_cup = n_points // 2 if cup.any() else 0
     points = np.full((n_points, 3), -1.0, np.float32)
     points[n_cup:, :2] = _boundary(disc, n_points - n_cup)
     if n_cup:
         points[:n_cup, :2], points[:n_cup, 2] = _boundary(_largest(cup), n_cup), 1
-    h, w = disc.shape                                                   # from the box back to the whole image
-    scale = np.array([w / mask.shape[1], h / mask.shape[0]])
-    shift = np.array([2 * cols[0] / mask.shape[1], 2 * rows[0] / mask.shape[0]]) - 1
-    points[:, :2] = (points[:, :2] + 1) * scale + shift
     return points
 
 
@@ -147,8 +151,7 @@ def read_outline(xy):
 
 
 def _split(points):
-    """Outlines of disc and cup in a cloud (N, 3); the cup is None where at most 2 % of the points are on its
-side."""
+    """Outlines of disc and cup in a cloud (N, 3); no cup (None) where at most 2 % of the points are its."""
     on_cup = points[:, 2] > 0                                         # Eq. 4: the sign of z names the outline
     if not np.isfinite(points).all():
         raise ValueError("points that are not finite")
@@ -157,23 +160,26 @@ side."""
 
 
 def _fill(outline, size):
-    """Bool image (H, W): the pixels whose centre lies inside an outline."""
+    """Bool image (H, W) of the pixels whose centre lies inside an outline."""
     (cx, cy), radius = outline
     h, w = size
-    x, y = (2 * np.arange(w) + 1) / w - 1 - cx, (2 * np.arange(h) + 1) / h - 1 - cy
-    reach = radius.max()
-    cols, rows = np.flatnonzero(np.abs(x) <= reach), np.flatnonzero(np.abs(y) <= reach)
+    radius = radius.clip(min=0)
+    x = (cx + radius * np.cos(ANGLES) + 1) * w / 2 - 0.5                # (A,) corners of a polygon, in pixels
+    y = (cy + radius * np.sin(ANGLES) + 1) * h / 2 - 0.5
+    slope = np.diff(x, append=x[0]) / (np.diff(y, append=y[0]) + 1e-12)
+    first, last = np.sort(np.ceil([y, np.roll(y, -1)]).clip(0, h).astype(int), 0)   # rows that an edge meets
+    edge = np.repeat(np.arange(len(y)), last - first)
+    row = np.arange(len(edge)) + np.repeat(last - np.cumsum(last - first), last - first)
+    column = np.ceil(x[edge] + (row - y[edge]) * slope[edge]).clip(0, w).astype(int)
+    order = np.lexsort((column, row))                                   # in a row: enter, leave, enter, ...
     inside = np.zeros(size, bool)
-    if len(cols) and len(rows):
-        dx, dy = np.meshgrid(x[cols].astype(np.float32), y[rows].astype(np.float32))
-        edge = np.interp(np.arctan2(dy, dx), ANGLES, radius, period=2 * np.pi)
-        inside[rows[0]:rows[-1] + 1, cols[0]:cols[-1] + 1] = np.hypot(dx, dy) < edge
+    for i, a, b in zip(row[order][::2], column[order][::2], column[order][1::2], strict=True):
+        inside[i, a:b] = True
     return inside
 
 
 def points_to_mask(points, size):
-    """The label map uint8 (H, W) whose outlines a cloud of points (N, 3) marks; the order of the points is
-nothing.
+    """The label map uint8 (H, W) whose outlines a set of points (N, 3), in any order, marks.
 
     size: int or (H, W). Outlines are read as star-shaped about their centroid: where one is not, the part of
     it that a ray meets behind another part is lost. The cup is cut to the disc. ValueError where no outline
@@ -222,8 +228,7 @@ def is_valid(points):
 # Network
 
 def timestep_embedding(t, dim):
-    """Sinusoids (B, dim) of the diffusion step t (B,), from one turn in 2 pi steps to one in 10,000 times
-that."""
+    """Sinusoids (B, dim) of the diffusion step t (B,), their periods 2 pi to 10,000 times that."""
     freq = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angle = t[:, None].float() * freq
     return torch.cat([angle.cos(), angle.sin()], 1)
@@ -276,8 +281,7 @@ class PointNet(nn.Module):
 # Diffusion
 
 class DDPM:
-    """Denoising diffusion (Ho et al. 2020) of tensors (B, ...) of any shape: 512 x 3 points here, pixels
-elsewhere.
+    """Denoising diffusion (Ho et al. 2020) of tensors (B, ...): 512 x 3 points here, pixels elsewhere.
 
     T: steps; predict: what the network is asked for, "v" (Salimans & Ho 2022) or "eps" (the paper's);
     schedule: "cosine" (Nichol & Dhariwal 2021) or "linear" (Ho et al.).

@@ -309,8 +309,7 @@ def split_validation(data, attribute, share, seed):
 
 
 def method_weights(data, attribute, method):
-    """Sampling odds (N,): uniform, or for oversampling equal odds to every group (unknown keeps the mean
-odds)."""
+    """Sampling odds (N,): uniform, or equal for every group (oversampling; unknown keeps the mean odds)."""
     weight = np.ones(len(data["image"]))
     if method == "oversample":
         code = known_groups(data, attribute)[0]

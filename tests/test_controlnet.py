@@ -134,4 +134,5 @@ def test_agreement_of_real_images_with_themselves_is_one(set_file, tmp_path):
     assert controlnet.main(["agree", judge, set_file, set_file, "--out", str(tmp_path / "a.csv")]) == 0
     rows = list(csv.DictReader(open(tmp_path / "a.csv")))
     assert {r["group"] for r in rows} == {"Asian", "Black", "White", "pooled"}
-    assert all(float(r["ratio"]) == 1 and float(r["real"]) > 0 for r in rows)
+    assert all(float(r["ratio"]) == 1 for r in rows if r["figure"] == "dice" and float(r["real"]) > 0)
+    assert {r["figure"] for r in rows} == {"dice", "distance", "missing"}
