@@ -415,7 +415,7 @@ def main(argv=None):
     p.add_argument("checkpoint", help="what train-control wrote")
     p.add_argument("masks", help="dataset .npz of masks")
     p.add_argument("--out", default="synthetic.npz", help="the same rows with images")
-    p.add_argument("--steps", type=int, default=20, help="sampler steps")
+    p.add_argument("--steps", type=int, default=12, help="sampler steps")
     p.add_argument("--seed", type=int, default=0, help="draws the noise")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.set_defaults(run=sample)

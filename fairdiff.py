@@ -23,12 +23,11 @@ import zipfile
 import zlib
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 from scipy import ndimage
 from tqdm import tqdm
 
-# N images, H W pixels, G groups.
+# N images, H W pixels, G groups. torch takes two seconds to import, so only the functions that need it do.
 
 # ------------------------------------------------------------------------------------------------------------
 # Attributes: the codes of Harvard-FairSeg (Section 3.1), in the order in which the paper prints them
@@ -115,10 +114,9 @@ def _phantom_mask(rng, size, look):
     tilt = rng.normal(0, 0.15) + rng.choice((-1, 1)) * look["tilt"]
     disc = inside(cx, cy, radius, aspect, tilt, 0.025)
     cdr = np.clip(look["cdr"] + rng.normal(0, 0.085), 0.25, 0.82)
-    slack = (1 - cdr) * radius                                    # how far the cup may wander inside the disc
-    cup = inside(cx + rng.normal(0, 0.35) * slack, cy + rng.normal(0, 0.35) * slack,
-                 cdr * radius, 1 + 0.6 * (aspect - 1), tilt, 0.04)
-    return ((disc < 1).astype(np.uint8) + ((cup < 1) & (disc < 0.93))).astype(np.uint8)
+    off = np.clip(rng.normal(0, 0.35, 2), -0.45, 0.45) * (1 - cdr) * radius      # the cup wanders in the disc
+    cup = inside(cx + off[0], cy + off[1], cdr * radius, 1 + 0.6 * (aspect - 1), tilt, 0.04)
+    return ((disc < 1).astype(np.uint8) + ((cup < 1) & (disc < 0.9))).astype(np.uint8)
 
 
 def _vessel_tree(rng, size, cx, cy, radius):
@@ -508,6 +506,8 @@ def pick_device(name="auto"):
     bf16 is used where the hardware multiplies it: CUDA from Ampere on, CPUs with AVX512-BF16. Elsewhere it is
     emulated and ten times slower than fp32.
     """
+    import torch
+
     if name == "auto":
         name, why = ("cuda", "CUDA works") if torch.cuda.is_available() else ("cpu", "no CUDA device")
     else:
@@ -525,6 +525,8 @@ def pick_device(name="auto"):
 
 def autocast(device, dtype):
     """The mixed-precision context of pick_device's choice."""
+    import torch
+
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
@@ -546,23 +548,28 @@ class EMA:
         self.decay = decay
         self.state = {k: v.detach().clone() for k, v in net.state_dict().items()}
 
-    @torch.no_grad()
     def update(self, net, step):
         """Move the average towards the network after optimizer step number `step` (from 0)."""
+        import torch
+
         keep = min(self.decay, (1 + step) / (10 + step))
-        now = net.state_dict()
+        now = net.state_dict()                                          # detached from the graph
         moving = [k for k, v in now.items() if v.is_floating_point()]   # all but BatchNorm's counters
         torch._foreach_lerp_([self.state[k] for k in moving], [now[k] for k in moving], 1 - keep)
 
 
 def save_checkpoint(path, **state):
     """Write one plain dict with torch.save, whole or not at all."""
+    import torch
+
     with replacing(path) as temporary:
         torch.save(state, temporary)
 
 
 def load_checkpoint(path, kind=None, help="train it first"):
     """Read a checkpoint, running no pickled code. InputError where it is missing, damaged or another kind."""
+    import torch
+
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -11,6 +11,7 @@ every point passes the same MLPs, and what it must know of the others comes thro
 Expect at SCALE=cpu (2 cores without bf16): 2,000 steps of 32 in 200 s; none of 1,014 sampled clouds was
 rejected at 50 sampler steps (2026-11-23, seed 0, phantom).
 """
+import csv
 import math
 import sys
 
@@ -18,12 +19,14 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from scipy import ndimage
 from tqdm import tqdm
 
 from fairdiff import (
     ATTRIBUTE_NAMES,
     EMA,
+    OUTLINE,
     InputError,
     Parser,
     autocast,
@@ -33,12 +36,14 @@ from fairdiff import (
     load_checkpoint,
     load_set,
     pick_device,
+    replacing,
     resume,
     run_command,
     save_set,
     save_sheet,
     save_training,
 )
+from fairness import mmd_cov, one_nna
 
 # B batch, N points, C channels, G groups, T diffusion steps, A angles of an outline.
 
@@ -235,11 +240,13 @@ def timestep_embedding(t, dim):
 
 
 class PointBlock(nn.Module):
-    """Residual MLP shared by all points, modulated by the cloud's pooled features, the step and the group."""
+    """Residual MLP shared by all points, modulated by the cloud's pooled features and what it is told.
+
+    No normalisation: it hides how far out a point lies, and costs as much time as a matrix product.
+    """
 
     def __init__(self, width):
         super().__init__()
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.pool, self.film = nn.Linear(2 * width, width), nn.Linear(width, 2 * width)
         self.fc1, self.fc2 = nn.Linear(width, width), nn.Linear(width, width)
         nn.init.zeros_(self.fc2.weight)                                 # every block starts as the identity
@@ -248,33 +255,76 @@ class PointBlock(nn.Module):
     def forward(self, h, c):
         pooled = torch.cat([h.amax(1), h.mean(1)], 1)                # (B, 2C): symmetric, so order is nothing
         scale, shift = self.film(F.silu(c + self.pool(pooled)))[:, None].chunk(2, 2)      # (B, 1, C) each
-        y = torch.addcmul(shift, self.norm(h), 1 + scale)               # (B, N, C)
-        return h + self.fc2(F.silu(self.fc1(y)))                        # (B, N, C)
+        y = torch.addcmul(shift, self.fc1(h), 1 + scale)                # (B, N, C)
+        return h + self.fc2(F.silu(y))                                  # (B, N, C)
 
 
 class PointNet(nn.Module):
     """Denoiser of point clouds: x (B,N,3), t long (B,), group long (B,) with -1 unknown -> (B,N,3).
 
-    Permuting the points permutes the output (Qi et al. 2017). n_groups: groups of the sensitive attribute.
+    Permuting the points permutes the output (Qi et al. 2017). shape (B, D) is the code of the cloud to be
+    drawn, as encode reads it from a clean one or draw_shape from the group's prior; None stands for zeros.
+    n_groups: groups of the sensitive attribute; latent: D.
     """
 
-    def __init__(self, n_groups, width=128, depth=3):
+    def __init__(self, n_groups, width=96, depth=2, latent=16):
         super().__init__()
         self.width = width
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.group = nn.Embedding(n_groups + 1, width)               # row 0 is the null embedding of group -1
+        self.shape = nn.Sequential(nn.Linear(latent, width), nn.SiLU(), nn.Linear(width, width))
         self.enter = nn.Linear(3, width)
         self.blocks = nn.ModuleList(PointBlock(width) for _ in range(depth))
         self.leave = nn.Linear(width, 3)
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
+        self.look = nn.Sequential(nn.Linear(3, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.code = nn.Linear(2 * width, 2 * latent)
+        self.register_buffer("prior_mean", torch.zeros(n_groups + 1, latent))     # row 0: everybody
+        self.register_buffer("prior_root", torch.eye(latent).repeat(n_groups + 1, 1, 1))
 
-    def forward(self, x, t, group):
-        c = self.time(timestep_embedding(t, self.width)) + self.group(group + 1)      # (B, C)
+    def forward(self, x, t, group, shape=None):
+        shape = torch.zeros_like(self.prior_mean[group + 1]) if shape is None else shape
+        c = self.time(timestep_embedding(t, self.width)) + self.group(group + 1) + self.shape(shape)  # (B, C)
         h = self.enter(x)                                               # (B, N, C)
         for block in self.blocks:
             h = block(h, c)                                             # (B, N, C)
         return self.leave(F.silu(h))                                    # (B, N, 3)
+
+    def encode(self, x):
+        """Mean and variance (B, D) each of the shape codes of clean clouds x (B, N, 3)."""
+        h = self.look(x)                                                # (B, N, C)
+        mean, log_variance = self.code(torch.cat([h.amax(1), h.mean(1)], 1)).float().chunk(2, 1)
+        return mean, log_variance.clamp(-10, 2).exp()
+
+    @torch.no_grad()
+    def fit_prior(self, x, group):
+        """Fit a Gaussian to each group's shape codes: its own mean, and a covariance leant on all groups'.
+
+        x (M, N, 3) clean clouds, group long (M,). A rare group has too few clouds for D^2 / 2 numbers: its
+        covariance weighs n / (n + 3 D) against the one within all groups. Row 0, and a group that is not
+        there, is everybody.
+        """
+        codes = [self.encode(part) for part in x.split(256)]
+        mean, variance = (torch.cat(c).float() for c in zip(*codes, strict=True))
+        spread = torch.diag(variance.mean(0))                           # what encode itself is unsure of
+        everybody = mean.mean(0), torch.cov(mean.T) + spread
+        groups = [(g, mean[group == g]) for g in range(len(self.prior_mean) - 1)]
+        centred = torch.cat([m - m.mean(0) for _, m in groups])
+        within = centred.T @ centred / len(centred)
+        self.prior_mean[:], self.prior_root[:] = everybody[0], torch.linalg.cholesky(everybody[1])
+        for g, m in groups:
+            if len(m) > 1:
+                own = len(m) / (len(m) + 3 * m.shape[1])
+                self.prior_mean[g + 1] = m.mean(0)
+                covariance = own * torch.cov(m.T) + (1 - own) * within + spread
+                self.prior_root[g + 1] = torch.linalg.cholesky(covariance)
+
+    def draw_shape(self, group, generator):
+        """Shape codes (B, D) from the priors of groups (B,)."""
+        mean, root = self.prior_mean[group + 1], self.prior_root[group + 1]             # (B, D), (B, D, D)
+        z = torch.randn(mean.shape, generator=generator, device=mean.device)
+        return mean + (root @ z[..., None])[..., 0]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -318,22 +368,26 @@ class DDPM:
         return (weight * (net(self.noise(x0, t, eps), t, *cond).float() - target) ** 2).mean()
 
     @torch.no_grad()
-    def sample(self, net, shape, *cond, steps=50, generator=None, clip=None, eta=1.0):
+    def sample(self, net, shape, *cond, steps=50, generator=None, clip=None, eta=1.0, frames=None):
         """Draw x0 of a shape (B, ...) from pure noise in `steps` steps (Song et al. 2021).
 
-        eta 1 is the DDPM's own variance, 0 the deterministic DDIM; clip = (lo, hi) bounds the
-        estimate of x0. Noise comes from the generator, whose device is the samples'.
+        eta 1 is the DDPM's own variance, 0 the deterministic DDIM; clip = (lo, hi) bounds the estimate of x0;
+        frames: a list that receives x of every step. Noise comes from the generator, on whose device x lives.
         """
         device = generator.device if generator is not None else self.alpha_bar.device
         x = torch.randn(shape, generator=generator, device=device)
         times = torch.linspace(self.T - 1, 0, min(steps, self.T)).round().long()
         for i, step in enumerate(times):
+            if frames is not None:
+                frames.append(x)
             t = step.repeat(shape[0]).to(device)
             out = net(x, t, *cond).float()
             signal, sigma = self._levels(t, x)
             x0 = signal * x - sigma * out if self.predict == "v" else (x - sigma * out) / signal
             x0 = x0 if clip is None else x0.clamp(*clip)
             if i + 1 == len(times):
+                if frames is not None:
+                    frames.append(x0)
                 return x0                                               # no noise at the last step
             eps = (x - signal * x0) / sigma
             signal2, sigma2 = self._levels(times[i + 1].repeat(shape[0]).to(device), x)
@@ -351,7 +405,7 @@ SAVE_EVERY = 200                                        # steps between checkpoi
 
 def build(config):
     """The network and the diffusion that a checkpoint's config describes."""
-    net = PointNet(len(config["groups"]), config["width"], config["depth"])
+    net = PointNet(len(config["groups"]), config["width"], config["depth"], config["latent"])
     return net, DDPM(config["T"], config["predict"], config["schedule"])
 
 
@@ -367,13 +421,11 @@ def train(args):
         raise InputError(f"{args.set}: no mask with a disc in group {args.group or 'any'}")
     points = np.stack([mask_to_points(m) for m in tqdm(data["mask"][rows], "points", leave=False)])
     mean, std = points.mean((0, 1)), points.std((0, 1)) + 1e-6          # constants of the training set, kept
-    config = {"kind": "points", "attribute": args.attribute, "groups": list(names), "group": args.group or "",
-              "width": args.width, "depth": args.depth, "points": args.points, "T": 1000,
-              "predict": args.predict, "schedule": args.schedule, "steps": args.steps, "batch": args.batch,
-              "lr": args.lr, "seed": args.seed, "image": list(data["mask"].shape[1:]), "mean": mean.tolist(),
-              "std": std.tolist(),
-              "share": -(-int((code >= 0).sum()) // len(np.unique(code[code >= 0]))),
-              "data": fingerprint(data["mask"], code)}
+    config = {"kind": "points", "groups": list(names), "image": list(data["mask"].shape[1:]), "T": 1000,
+              "mean": mean.tolist(), "std": std.tolist(), "data": fingerprint(data["mask"], code),
+              "share": -(-int((code >= 0).sum()) // len(np.unique(code[code >= 0])))}
+    config |= {k: getattr(args, k) for k in ("attribute", "group", "width", "depth", "latent", "points",
+                                             "predict", "schedule", "steps", "batch", "lr", "seed")}
     clouds = torch.as_tensor((points - mean) / std, device=device)
     group = torch.as_tensor(code[rows].astype(np.int64), device=device)
     torch.manual_seed(args.seed)
@@ -388,10 +440,14 @@ def train(args):
             g["lr"] = args.lr * min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / args.steps))
         index = torch.randint(len(clouds), (args.batch,), device=device)
         seen = torch.randperm(512, device=device)[:args.points]         # a set's shape shows in a part of it
+        x0 = clouds[index][:, seen]                                     # (B, N, 3)
         with autocast(device, dtype):
-            loss = ddpm.loss(net, clouds[index][:, seen], group[index])
+            mean, variance = net.encode(x0)
+            shape = mean + variance.sqrt() * torch.randn_like(mean)
+            loss = ddpm.loss(net, x0, group[index], shape)
+        kl = 0.5 * (mean ** 2 + variance - variance.log() - 1).sum(1).mean()       # holds the codes together
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss + 1e-5 * kl).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         ema.update(net, step)
@@ -400,6 +456,10 @@ def train(args):
             bar.set_postfix(loss=f"{log[-1][1]:.3f}")
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
             save_training(args.out, config, net, ema, optimizer, step + 1, log)
+    net.load_state_dict(ema.state)
+    net.fit_prior(clouds, group)
+    ema.state = net.state_dict()
+    save_training(args.out, config, net, ema, optimizer, args.steps, log)
     loss = np.mean([v for _, v in log[-5:]])
     print(f"points: loss {loss:.4f} after {args.steps} steps on {len(clouds)} masks")
 
@@ -415,14 +475,19 @@ def load_points(path, device):
     return net.to(device).eval(), ddpm, state["config"]
 
 
-def sample_clouds(net, ddpm, config, group, n, steps, generator, batch=100):
-    """n clouds float32 (n, 512, 3) of one group (its code), in mask coordinates."""
-    out = []
+def sample_clouds(net, ddpm, config, group, n, steps, generator, batch=100, frames=None):
+    """n clouds float32 (n, 512, 3) of one group (its code), in mask coordinates; frames as in DDPM.sample."""
+    std, mean = np.float32(config["std"]), np.float32(config["mean"])
+    out, trace = [], []
     for i in range(0, n, batch):
         b = min(batch, n - i)
         code = torch.full((b,), group, device=generator.device)
-        out.append(ddpm.sample(net, (b, 512, 3), code, steps=steps, generator=generator).cpu().numpy())
-    return np.concatenate(out) * np.float32(config["std"]) + np.float32(config["mean"])
+        shape = net.draw_shape(code, generator)
+        out.append(ddpm.sample(net, (b, 512, 3), code, shape, steps=steps, generator=generator,
+                               frames=trace).cpu().numpy())
+    if frames is not None:
+        frames += [x.cpu().numpy() * std + mean for x in trace]
+    return np.concatenate(out) * std + mean
 
 
 def is_readable(points):
@@ -476,6 +541,132 @@ def sample(args):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Evaluation: sampled masks beside held-out real ones
+
+def shape_figures(mask):
+    """Vertical cup-to-disc ratio, disc area (share of the image), disc centre x and y in [-1, 1]: (M, 4).
+
+    mask: uint8 (M, H, W), every one with a disc.
+    """
+    disc, (h, w) = mask > 0, mask.shape[1:]
+    ratio = (mask == 2).any(2).sum(1) / disc.any(2).sum(1)
+    area = disc.sum((1, 2))
+    x = disc.sum(1) @ (2 * np.arange(w) + 1) / (w * area) - 1
+    y = disc.sum(2) @ (2 * np.arange(h) + 1) / (h * area) - 1
+    return np.stack([ratio, area / (h * w), x, y], 1)
+
+
+def chamfer(a, b):
+    """Chamfer distances (len(a), len(b)): the mean distance to the nearest point, both ways, added.
+
+    a, b: clouds float32 (n, P, 3); with z = -1 and 1 a point's nearest is hardly ever on the other outline.
+    """
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    out = torch.empty(len(a), len(b))
+    for i, cloud in enumerate(a):
+        d = torch.cdist(cloud, b.reshape(-1, 3)).reshape(len(cloud), len(b), -1)        # (P, len(b), P)
+        out[i] = d.amin(2).mean(0) + d.amin(0).mean(1)
+    return out.numpy()
+
+
+def compare_masks(made, known, held, other):
+    """Rows (figure, sampled, reference) for sampled, training and two disjoint held-out sets of masks.
+
+    The shape figures' reference is the training masks against the first held-out set, that of 1-NNA, COV and
+    MMD the second held-out set against the first, that of the memorised share the first held-out set. A mask
+    counts as memorised that is nearer to a training mask than 1 % of these are to one another.
+    """
+    from scipy.stats import ks_2samp  # a second to import, for this alone
+
+    rows = []
+    for name, x, y, z in zip(("cup/disc", "area", "centre x", "centre y"),
+                             *(shape_figures(m).T for m in (made, held, known)), strict=True):
+        rows += [(f"{name}, shift in sd", (x.mean() - y.mean()) / y.std(), (z.mean() - y.mean()) / y.std()),
+                 (f"{name}, spread", x.std() / y.std(), z.std() / y.std()),
+                 (f"{name}, KS", ks_2samp(x, y).statistic, ks_2samp(z, y).statistic)]
+    made, known, held, other = (np.stack([mask_to_points(m, 128) for m in part])
+                                for part in (made, known, held, other))
+    hh, mh, oh = (chamfer(a, held) for a in (held, made, other))
+    rows += [("1-NNA", one_nna(chamfer(made, made), hh, mh), one_nna(chamfer(other, other), hh, oh))]
+    rows += zip(("MMD", "COV"), mmd_cov(mh), mmd_cov(oh), strict=True)
+    itself = chamfer(known[:500], known)
+    np.fill_diagonal(itself, np.inf)
+    near = np.quantile(itself.min(1), 0.01)
+    return [*rows, ("memorised", *((chamfer(a, known).min(1) < near).mean() for a in (made, held)))]
+
+
+def score(args):
+    """Are sampled masks like held-out real masks of their group, and are they new?"""
+    device, _ = pick_device(args.device)
+    net, ddpm, config = load_points(args.checkpoint, device)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    parts = []
+    for path in (args.train, args.test):
+        data = load_set(path)
+        code, names = known_groups(data, config["attribute"])
+        parts.append([data["mask"][(code == g) & (data["mask"] > 0).any((1, 2))] for g in range(len(names))])
+    table, sheet = [], []
+    for g, (known, held) in enumerate(zip(*parts, strict=True)):
+        n = min(500, len(held) // 2)                                    # two held-out sets of equal size
+        if n < 2 or len(known) < 2 or config["group"] not in (None, names[g]):
+            continue
+        clouds, drawn, valid = sample_valid(net, ddpm, config, g, n, args.steps, generator)
+        made = np.stack([points_to_mask(c, held.shape[1:]) for c in clouds])
+        rows = compare_masks(made, known, held[:n], held[n:2 * n])
+        table += [(names[g], n, *row) for row in [("valid", valid / drawn, 1.0), *rows]]
+        frames = []
+        cloud, = sample_clouds(net, ddpm, config, g, 1, args.steps, generator, frames=frames)
+        far = chamfer(cloud[None, ::4], np.stack([mask_to_points(m, 128) for m in known]))[0]
+        picked = np.linspace(0, len(frames) - 1, 8).round().astype(int)
+        tiles = [draw_cloud(frames[i][0]) for i in picked]
+        tiles += [draw_mask(m) for m in (points_to_mask(cloud, 128), *known[np.argsort(far)[:3]])]
+        sheet.append([*tiles, draw_histogram(shape_figures(held)[:, 0], shape_figures(made)[:, 0])])
+    if not table:
+        raise InputError(f"{args.test}: no group with 4 masks that have a disc")
+    with replacing(args.out) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("group", "n", "figure", "sampled", "reference"))
+        writer.writerows(table)
+    groups = list(dict.fromkeys(row[0] for row in table))
+    print(f"{'sampled | reference':<24}" + "".join(f"{name:>20}" for name in groups))
+    for figure in dict.fromkeys(row[2] for row in table):
+        cells = [row[3:] for row in table if row[2] == figure]
+        print(f"{figure:<24}" + "".join(f"{a:>11.3f} |{b:>7.3f}" for a, b in cells))
+    print("masks a side: " + ", ".join(f"{row[0]} {row[1]}" for row in table if row[2] == "valid"))
+    save_sheet(f"{args.out}.png", sheet, groups, zoom=1,
+               note="from noise | its mask | the nearest training masks | cup/disc: grey real, red sampled")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pictures
+
+def draw_cloud(points, side=128):
+    """A cloud (N, 3) as a picture uint8 (side, side, 3): disc blue, cup orange."""
+    tile = np.full((side, side, 3), 255, np.uint8)
+    column, row = ((points[:, :2].T + 1) / 2 * side).clip(0, side - 1).astype(int)
+    tile[row, column] = np.where(points[:, 2:] > 0, OUTLINE[2], OUTLINE[1])
+    return tile
+
+
+def draw_mask(mask, side=128):
+    """A mask (H, W) as a picture uint8 (side, side, 3)."""
+    grey = Image.fromarray(mask * 127).resize((side, side), Image.Resampling.NEAREST)
+    return np.asarray(grey.convert("RGB"))
+
+
+def draw_histogram(real, made, side=128, bins=16):
+    """Two samples' histograms over [0, 1] as a picture uint8 (side, side, 3): real grey, made a red line."""
+    tile = Image.new("RGB", (side, side), "white")
+    pen = ImageDraw.Draw(tile)
+    a, b = (np.histogram(x, bins, (0, 1))[0] / len(x) for x in (real, made))
+    top, w = max(a.max(), b.max()), side / bins
+    for i in range(bins):
+        pen.rectangle((i * w, side - 1 - a[i] / top * (side - 8), (i + 1) * w - 1, side - 1), "#bbbbbb")
+    pen.line([((i + 0.5) * w, side - 1 - b[i] / top * (side - 8)) for i in range(bins)], "#cc2222", 2)
+    return np.asarray(tile)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Command line
 
 def main(argv=None):
@@ -487,24 +678,34 @@ def main(argv=None):
     p.add_argument("--out", default="points.pt", help="checkpoint; an interrupted training continues from it")
     p.add_argument("--attribute", choices=ATTRIBUTE_NAMES, default="race", help="sensitive attribute")
     p.add_argument("--group", help="train on this group alone, as the paper does")
-    p.add_argument("--steps", type=int, default=2000, help="optimizer steps")
+    p.add_argument("--steps", type=int, default=2800, help="optimizer steps")
     p.add_argument("--batch", type=int, default=32, help="clouds a step")
     p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
-    p.add_argument("--width", type=int, default=128, help="channels of a point's features")
-    p.add_argument("--depth", type=int, default=3, help="residual blocks")
+    p.add_argument("--width", type=int, default=96, help="channels of a point's features")
+    p.add_argument("--depth", type=int, default=2, help="residual blocks")
+    p.add_argument("--latent", type=int, default=16, help="numbers in a shape code")
     p.add_argument("--points", type=int, default=256, help="points of a cloud that a step looks at")
     p.add_argument("--predict", choices=("v", "eps"), default="v", help="the paper's: eps")
     p.add_argument("--schedule", choices=("cosine", "linear"), default="cosine", help="noise schedule")
     p.add_argument("--seed", type=int, default=0, help="draws weights, batches, times and noise")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.set_defaults(run=train)
+    p = sub.add_parser("score", help="compare sampled masks with held-out real ones")
+    p.add_argument("checkpoint", help="what train wrote")
+    p.add_argument("train", help="dataset .npz that it was trained on")
+    p.add_argument("test", help="dataset .npz of held-out masks, up to 1,000 a group are used")
+    p.add_argument("--out", default="points.csv", help="the table; a picture is written beside it")
+    p.add_argument("--steps", type=int, default=32, help="sampler steps")
+    p.add_argument("--seed", type=int, default=0, help="draws the noise")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    p.set_defaults(run=score)
     p = sub.add_parser("sample", help="draw masks")
     p.add_argument("checkpoint", help="what train wrote")
     p.add_argument("--out", default="masks.npz", help="dataset file of masks, images 0")
     p.add_argument("--group", help="one group's name; without it every group")
     p.add_argument("--n", type=int, help="masks a group (default: the equal share of the training set)")
     p.add_argument("--size", type=int, help="pixels a side (default: the training masks')")
-    p.add_argument("--steps", type=int, default=50, help="sampler steps")
+    p.add_argument("--steps", type=int, default=32, help="sampler steps")
     p.add_argument("--rough", action="store_true", help="keep invalid clouds, too: for smoke tests alone")
     p.add_argument("--seed", type=int, default=0, help="draws the noise")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")

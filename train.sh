@@ -3,7 +3,7 @@
 # training set, TransUNet trained with and without it, fairness measured.
 #
 #   bash train.sh                                  a GPU if CUDA works, else a laptop's two cores
-#   SCALE=smoke bash train.sh                      every stage in 95 seconds, results meaningless
+#   SCALE=smoke bash train.sh                      every stage in 90 seconds, results meaningless
 #   DATA=path/to/fairseg bash train.sh             Harvard-FairSeg files instead of the phantom
 #   ATTRIBUTE=gender OUT=out-gender SEED=1 bash train.sh
 #
@@ -13,32 +13,28 @@ here=$(cd "$(dirname "$0")" && pwd)
 SCALE=${SCALE:-} ATTRIBUTE=${ATTRIBUTE:-race} DATA=${DATA:-} OUT=${OUT:-out} SEED=${SEED:-0}
 die() { echo "train.sh: $1" >&2; exit 2; }
 
+has_packages() { "$1" -c 'import importlib.util as u, sys
+sys.exit(not all(map(u.find_spec, ("torch", "numpy", "scipy", "PIL", "tqdm"))))' 2>/dev/null; }
 python=python3                                          # the one at hand if it has the packages, else .venv
-has_packages() { "$1" -c 'from importlib.util import find_spec as f
-import sys; sys.exit(not all(map(f, ("torch", "numpy", "scipy", "PIL", "tqdm"))))' 2>/dev/null; }
-if ! has_packages $python; then
-  python=$here/.venv/bin/python
-  if ! has_packages "$python"; then
-    echo "installing the five packages of requirements.txt into .venv"
-    python3 -m venv "$here/.venv" && "$python" -m pip install -q -r "$here/requirements.txt"
-  fi
+has_packages $python || python=$here/.venv/bin/python
+if ! has_packages "$python"; then
+  echo "installing the five packages of requirements.txt into .venv"
+  python3 -m venv "$here/.venv" && "$python" -m pip install -q -r "$here/requirements.txt"
 fi
-if [ -z "$SCALE" ]; then
-  SCALE=cpu why="no working CUDA device"
-  if command -v nvidia-smi >/dev/null && "$python" -c 'import torch as t, sys; sys.exit(not t.cuda.is_available())'
-  then SCALE=gpu why="CUDA works"; fi
-fi
+why="as asked" cuda='import torch, sys; sys.exit(not torch.cuda.is_available())'
+if [ -z "$SCALE" ] && command -v nvidia-smi >/dev/null && "$python" -c "$cuda"; then SCALE=gpu why="CUDA works"; fi
+if [ -z "$SCALE" ]; then SCALE=cpu why="no working CUDA device"; fi
 
 # One dial. size: pixels a side; train, test: phantom patients; then optimizer steps and batch of the point
 # model, the base, the ControlNet and every TransUNet; draw: sampler steps; *_flags: what else a stage is told.
 points_flags="" draw_flags="" base_flags="" seg_flags=""
 case $SCALE in
   smoke) size=32 train=96 test=60                       # every stage; the clouds may be --rough
-         points=300 points_batch=16 base=20 control=20 image_batch=8 seg=20 seg_batch=8 draw_points=25 draw_images=4
+         points=200 points_batch=16 base=20 control=20 image_batch=8 seg=20 seg_batch=8 draw_points=20 draw_images=4
          points_flags="--width 64 --depth 2 --lr 6e-3" draw_flags=--rough base_flags="--width 16" ;;
-  cpu)   size=64 train=1000 test=2000                   # about 90 patients of the rare group
-         points=2000 points_batch=32 base=200 control=700 image_batch=16 seg=330 seg_batch=16
-         draw_points=25 draw_images=20 ;;
+  cpu)   size=64 train=1000 test=2000                   # 92 patients of the rare group
+         points=2800 points_batch=32 base=200 control=1000 image_batch=16 seg=300 seg_batch=16
+         draw_points=32 draw_images=12 ;;
   gpu)   size=128 train=8000 test=2000                  # the real data's size and proportions
          points=10000 points_batch=48 base=3000 control=6000 image_batch=48 seg=3000 seg_batch=48
          draw_points=100 draw_images=50 points_flags="--points 512" seg_flags="--optimizer sgd" ;;
@@ -47,7 +43,7 @@ case $SCALE in
          draw_points=100 draw_images=50 points_flags="--points 512 --lr 1e-4" seg_flags="--base --optimizer sgd" ;;
   *) die "SCALE=$SCALE: expected smoke, cpu, gpu or paper" ;;
 esac
-echo "SCALE=$SCALE (${why:-as asked}) ATTRIBUTE=$ATTRIBUTE SEED=$SEED OUT=$OUT DATA=${DATA:-phantom}"
+echo "SCALE=$SCALE ($why) ATTRIBUTE=$ATTRIBUTE SEED=$SEED OUT=$OUT DATA=${DATA:-phantom}"
 
 log=$OUT/log
 mkdir -p "$log" 2>/dev/null || die "OUT=$OUT: cannot make this folder"
@@ -64,54 +60,45 @@ stage() {                                               # stage NAME FILE.py ARG
   printf '%s\n%s\n' "$((SECONDS - started))" "$file $*" > "$log/$name.done.part"
   mv "$log/$name.done.part" "$log/$name.done"
 }
+real=$OUT/data/train.npz testset=$OUT/data/test.npz rows="" seed="--seed $SEED" group="--attribute $ATTRIBUTE"
 
 # 1. The data. The oracle's set is real, balanced and of the same size: the most that synthesis could buy.
-if [ -n "$DATA" ]; then stage data fairdiff.py fairseg "$DATA" --out "$OUT/data" --size $size; rows=""
+if [ -n "$DATA" ]; then stage data fairdiff.py fairseg "$DATA" --out "$OUT/data" --size $size
 else
-  stage data fairdiff.py phantom --out "$OUT/data" --train $train --test $test --size $size --seed "$SEED"
-  rows=""
+  stage data fairdiff.py phantom --out "$OUT/data" --train $train --test $test --size $size $seed
   if [ "$ATTRIBUTE" != age ]; then
-    stage oracle-data fairdiff.py phantom --out "$OUT/oracle" --train $train --test 0 --size $size --seed "$SEED" \
-      --balance "$ATTRIBUTE"
     rows=oracle
+    stage oracle-data fairdiff.py phantom --out "$OUT/oracle" --train $train --test 0 --size $size $seed --balance "$ATTRIBUTE"
   fi
 fi
-real=$OUT/data/train.npz testset=$OUT/data/test.npz
-common="--seed $SEED"
-
 # 2. Points to masks (Section 2.2).
-stage points pointdiff.py train "$real" --attribute "$ATTRIBUTE" --steps $points --batch $points_batch $points_flags \
-  $common --out "$OUT/points.pt"
-stage masks pointdiff.py sample "$OUT/points.pt" --steps $draw_points $draw_flags $common --out "$OUT/masks.npz"
+stage points pointdiff.py train "$real" $group --steps $points --batch $points_batch $points_flags $seed --out "$OUT/points.pt"
+stage masks pointdiff.py sample "$OUT/points.pt" --steps $draw_points $draw_flags $seed --out "$OUT/masks.npz"
 # 3. Masks to images (Section 2.3).
-stage base controlnet.py train-base "$real" --attribute "$ATTRIBUTE" --steps $base --batch $image_batch $base_flags \
-  $common --out "$OUT/base.pt"
-stage control controlnet.py train-control "$real" "$OUT/base.pt" --steps $control --batch $image_batch $common \
-  --out "$OUT/control.pt"
-stage synthetic controlnet.py sample "$OUT/control.pt" "$OUT/masks.npz" --steps $draw_images $common \
-  --out "$OUT/synthetic.npz"
+images="--batch $image_batch $seed"
+stage base controlnet.py train-base "$real" $group --steps $base $base_flags $images --out "$OUT/base.pt"
+stage control controlnet.py train-control "$real" "$OUT/base.pt" --steps $control $images --out "$OUT/control.pt"
+stage synthetic controlnet.py sample "$OUT/control.pt" "$OUT/masks.npz" --steps $draw_images $seed --out "$OUT/synthetic.npz"
 # 4. Equal Scale (Section 2.4).
-stage mix fairdiff.py mix "$real" "$OUT/synthetic.npz" --attribute "$ATTRIBUTE" $common --out "$OUT/mixed.npz"
+stage mix fairdiff.py mix "$real" "$OUT/synthetic.npz" $group $seed --out "$OUT/mixed.npz"
 # 5. TransUNet on each training set (Section 3), and a judge of another width and seed that only reports.
 predictions=()
 for row in plain oversample equal $rows; do
   method=plain set=$real
   case $row in oversample) method=oversample ;; equal) set=$OUT/mixed.npz ;; oracle) set=$OUT/oracle/train.npz ;; esac
-  stage $row transunet.py train "$set" --method $method --attribute "$ATTRIBUTE" --steps $seg --batch $seg_batch \
-    $seg_flags $common --out "$OUT/$row.pt"
+  stage $row transunet.py train "$set" --method $method $group --steps $seg --batch $seg_batch $seg_flags $seed --out "$OUT/$row.pt"
   stage predict-$row transunet.py predict "$OUT/$row.pt" "$testset" --out "$OUT/pred/$row.npz"
   predictions+=("$OUT/pred/$row.npz")
 done
-stage judge transunet.py train "$real" --method oversample --attribute "$ATTRIBUTE" --width 24 --steps $seg \
-  --batch $seg_batch --seed $((SEED + 1000)) --out "$OUT/judge.pt"
+stage judge transunet.py train "$real" --method oversample $group --width 24 --steps $seg --batch $seg_batch \
+  --seed $((SEED + 1000)) --out "$OUT/judge.pt"
 # 6. The figures.
-stage agree controlnet.py agree "$OUT/judge.pt" "$OUT/synthetic.npz" "$testset" --attribute "$ATTRIBUTE" \
-  --out "$OUT/agreement.csv"
-stage table fairness.py table "$testset" "${predictions[@]}" --attribute "$ATTRIBUTE" --out "$OUT/results.csv"
+stage agree controlnet.py agree "$OUT/judge.pt" "$OUT/synthetic.npz" "$testset" $group --out "$OUT/agreement.csv"
+stage table fairness.py table "$testset" "${predictions[@]}" $group --out "$OUT/results.csv"
 stage report fairdiff.py report "$OUT"
 
 for f in mix agree table; do echo; cat "$log/$f.txt"; done
 echo; echo "pictures:"; find "$OUT" -name '*.png' | sort
 echo "seconds:"
 for f in "$log"/*.done; do printf '%7s %s\n' "$(sed -n 1p "$f")" "$(basename "$f" .done)"; done | sort -n
-echo "everything: $OUT/report.html"
+echo "all of it in ${SECONDS} s: $OUT/report.html"
