@@ -402,7 +402,7 @@ def load_segmenter(path, device):
     state = load_checkpoint(path, "transunet", "run `python transunet.py train SET.npz --out seg.pt` first")
     net = build(state["config"])
     net.load_state_dict(state["ema"])
-    return net.to(device).eval()
+    return net.to(device, memory_format=torch.channels_last).eval()
 
 
 def check_size(data, path):

@@ -89,11 +89,12 @@ def main():
     print(f"{f'points to mask, {s} px':<44}{1 / back:>12.1f}{1e3 * back:>10.1f}")
 
     x, g = torch.randn(48, 512, 3, device=device), torch.zeros(48, dtype=torch.long, device=device)
-    both("PointNet, step of 48 x 512 points", lambda: pointdiff.PointNet(3), lambda n: ddpm.loss(n, x, g), 48)
-    both("PointNet, step of 48 x 256 points", lambda: pointdiff.PointNet(3), lambda n: ddpm.loss(n, x[:, :256], g), 48)
-    net = pointdiff.PointNet(3).to(device).eval()
-    row("PointNet, sampling 48 clouds, 50 steps", lambda: ddpm.sample(
-        net, (48, 512, 3), g, steps=50, generator=torch.Generator(device)), 48)
+    for n in (512, 256):
+        both(f"PointNet, step of 48 x {n} points", lambda: pointdiff.PointNet(3),
+             lambda net, y=x[:, :n]: ddpm.loss(net, y, g, net.encode(y)[0]), 48)
+    net, generator = pointdiff.PointNet(3).to(device).eval(), torch.Generator(device)
+    row("PointNet, sampling 48 clouds, 32 steps", lambda: ddpm.sample(
+        net, (48, 512, 3), g, net.draw_shape(g, generator), steps=32, generator=generator), 48)
 
     image, group = torch.rand(b, 1, s, s, device=device) * 2 - 1, torch.zeros(b, dtype=torch.long, device=device)
     mask = torch.as_tensor(masks[:b].astype(np.int64), device=device)
@@ -103,8 +104,9 @@ def main():
     both(f"ControlNet, step of {b}, {s} px", lambda: controlnet.ControlNet(controlnet.UNet(3, patch=patch)),
          lambda n: ddpm.loss(n, image, group, mask), b)
     painter = controlnet.ControlNet(controlnet.UNet(3, patch=patch)).to(device, memory_format=torch.channels_last)
-    row(f"ControlNet, sampling {b}, {s} px, 20 steps", lambda: controlnet.sample_images(
-        painter, ddpm, np.zeros(b, np.int64), masks[:b], (s, s), 20, torch.Generator(device), dtype), b)
+    row(f"ControlNet, sampling {b}, {s} px, 12 steps", lambda: controlnet.sample_images(
+        painter, ddpm, {"mean": 100.0, "std": 40.0}, np.zeros(b, np.int64), masks[:b], (s, s), 12,
+        torch.Generator(device), dtype), b)
     both(f"TransUNet compact, step of {b}, {s} px", transunet.TransUNet,
          lambda n: transunet.seg_loss(n((image + 1) / 2), mask), b)
     if args.base:

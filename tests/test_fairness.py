@@ -13,7 +13,18 @@ import pytest
 
 import fairdiff
 import fairness
-from fairness import compare, dice, essp, fair_report, frechet_distance, iou, mmd_cov, noise_floor, one_nna
+from fairness import (
+    compare,
+    dice,
+    essp,
+    fair_report,
+    frechet_distance,
+    iou,
+    mmd_cov,
+    noise_floor,
+    one_nna,
+    surface_distance,
+)
 
 # Tables 2-5 of the paper, a row a method: ES-Dice, Dice, ES-IoU, IoU, each group's Dice, each group's IoU.
 # The groups of Table 5 look swapped (the overall lies next to the small group); ES is blind to their order.
@@ -102,6 +113,29 @@ def test_dice_and_iou_equal_a_pixel_loop(label, codes):
         both, either = sum(a and b for a, b in pixels), sum(a or b for a, b in pixels)
         assert dice(pred, true, label)[i] == pytest.approx(2 * both / (both + either))
         assert iou(pred, true, label)[i] == pytest.approx(both / either)
+
+
+def test_surface_distance_against_a_loop():
+    """Mean distance between the outlines' pixels, both ways; a copy has 0, a missing structure NaN."""
+    rng = np.random.default_rng(0)
+    yy, xx = np.mgrid[:20, :24]
+    pred, true = np.zeros((2, 4, 20, 24), np.uint8)
+    for p, t in zip(pred, true, strict=True):
+        for m in (p, t):
+            m[np.hypot(xx - rng.uniform(9, 13), yy - rng.uniform(8, 11)) < rng.uniform(4, 8)] = 1
+    pred[2], pred[3] = true[2], 0
+
+    def edge(m):
+        n = np.pad(m, 1)
+        return np.argwhere(m & ~(n[:-2, 1:-1] & n[2:, 1:-1] & n[1:-1, :-2] & n[1:-1, 2:]))
+
+    got = surface_distance(pred, true, "disc")
+    assert got[2] == 0 and np.isnan(got[3]) and np.isnan(surface_distance(pred, true, "cup")).all()
+    for i in (0, 1):
+        d = np.linalg.norm(edge(pred[i] > 0)[:, None] - edge(true[i] > 0)[None], axis=2)
+        assert np.isclose(got[i], np.r_[d.min(0), d.min(1)].mean())
+    with pytest.raises(ValueError, match="label"):
+        surface_distance(pred, true, "vessel")
 
 
 def test_empty_structures():

@@ -12,16 +12,35 @@ def overlap(a, b):
     return (a & b).sum() / max(1, (a | b).sum())
 
 
-@pytest.mark.parametrize("size", [32, 64, 200])
-def test_round_trip_of_shuffled_points(size):
-    """Mask -> 512 points -> any order -> mask keeps IoU above 0.99 for cup, disc and rim."""
-    rng = np.random.default_rng(0)
-    for mask in fairdiff.make_phantom(10, size, seed=1)["mask"]:
+def outlines(h, w, n, seed):
+    """n label maps (h, w): eccentric, tilted, wavy, mildly concave outlines, star-shaped about their centroid."""
+    rng = np.random.default_rng(seed)
+    side = min(h, w)
+    y, x = np.mgrid[:h, :w] + 0.5
+    masks = np.zeros((n, h, w), np.uint8)
+    for mask in masks:
+        cx, cy = w / 2 + rng.normal(0, 0.05) * side, h / 2 + rng.normal(0, 0.05) * side
+        tilt, r = rng.uniform(0, np.pi), rng.uniform(0.17, 0.26) * side
+        for label, scale in ((1, 1.0), (2, rng.uniform(0.35, 0.75))):
+            u = np.cos(tilt) * (x - cx) + np.sin(tilt) * (y - cy)
+            v = np.cos(tilt) * (y - cy) - np.sin(tilt) * (x - cx)
+            theta = np.arctan2(v, u)
+            wave = 1 + sum(rng.normal(0, 0.06 / k) * np.cos(k * theta + rng.uniform(0, 6)) for k in (2, 3, 4, 5))
+            mask[(np.hypot(u * 1.12, v / 1.12) < scale * r * wave) & (mask == label - 1)] = label
+    return masks
+
+
+@pytest.mark.parametrize("h, w", [(64, 64), (64, 100), (128, 128), (300, 200), (512, 512), (1024, 1024)])
+def test_round_trip_of_shuffled_points(h, w):
+    """Mask -> 512 points -> any order -> mask: mean IoU 0.99 cup, 0.99 disc, 0.98 rim, worst 0.97, 0.98, 0.94."""
+    rng, scores = np.random.default_rng(0), []
+    for mask in outlines(h, w, 4 if h > 512 else 12, seed=h):
         points = mask_to_points(mask)
         assert points.shape == (512, 3) and points.dtype == np.float32 and is_valid(points)
         assert (points[:, 2] == 1).sum() == 256 and (points[:, 2] == -1).sum() == 256
-        back = points_to_mask(rng.permutation(points), size)
-        assert min(overlap(mask == 2, back == 2), overlap(mask > 0, back > 0), overlap(mask == 1, back == 1)) > 0.99
+        back = points_to_mask(rng.permutation(points), (h, w))
+        scores.append([overlap(mask == 2, back == 2), overlap(mask > 0, back > 0), overlap(mask == 1, back == 1)])
+    assert (np.mean(scores, 0) >= (0.99, 0.99, 0.98)).all() and (np.min(scores, 0) >= (0.97, 0.98, 0.94)).all()
 
 
 def test_points_have_the_stated_coordinates():
@@ -50,7 +69,29 @@ def test_odd_masks():
     clean[28, 31] = 2
     dirty = clean.copy()
     dirty[40, 40], dirty[2:4, 60:62] = 0, 1                             # a hole and a crumb
+    dirty[60, 60] = 2                                                   # a cup outside the disc is a crumb, too
     assert np.array_equal(points_to_mask(mask_to_points(dirty), 64), clean)
+
+
+def test_cups_at_the_edge_and_of_a_few_pixels():
+    """A cup that touches the disc's edge keeps its area within 2 %, one of 3 to 12 pixels within 2 pixels."""
+    yy, xx = np.mgrid[:64, :64]
+    disc = (xx - 30) ** 2 + (yy - 30) ** 2 < 400
+    touching = disc.astype(np.uint8) + (disc & ((xx - 41) ** 2 + (yy - 30) ** 2 < 81))
+    back = points_to_mask(mask_to_points(touching), 64)
+    assert abs(int((back == 2).sum()) - int((touching == 2).sum())) <= 0.02 * (touching == 2).sum()
+    for h, w in ((1, 3), (2, 2), (3, 3), (3, 4)):
+        tiny = disc.astype(np.uint8)
+        tiny[28:28 + h, 31:31 + w] = 2
+        assert abs(int((points_to_mask(mask_to_points(tiny), 64) == 2).sum()) - h * w) <= 2
+
+
+def test_an_outline_that_is_not_star_shaped_is_read_as_well_as_it_can_be():
+    """A disc with a deep bay: one closed outline comes back, most of the area with it."""
+    yy, xx = np.mgrid[:64, :64]
+    bay = ((xx - 32) ** 2 + (yy - 32) ** 2 < 400) & ~((abs(yy - 32) < 5) & (xx > 30))
+    back = points_to_mask(mask_to_points(bay.astype(np.uint8)), 64)
+    assert overlap(back > 0, bay) > 0.8
 
 
 def test_noisy_points_give_smooth_outlines():
@@ -112,6 +153,40 @@ def test_pointnet_is_permutation_equivariant():
     changed = x.clone()
     changed[:, 0] += 5
     assert not torch.allclose(net(changed, t, g)[:, 1:], y[:, 1:], atol=1e-4)
+
+
+def test_shape_codes_do_not_depend_on_the_order_of_points():
+    """encode sees a set."""
+    net, x = PointNet(3), torch.randn(2, 50, 3)
+    for a, b in zip(net.encode(x), net.encode(x[:, torch.randperm(50)]), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_the_prior_draws_codes_with_the_moments_of_its_group():
+    """20,000 draws of a group of many clouds have its codes' mean and covariance, a group of none everybody's."""
+    torch.manual_seed(0)
+    net = PointNet(3, latent=4)
+    group = torch.arange(3000) % 2
+    x = torch.randn(3000, 16, 3) * (1 + group[:, None, None])
+    net.fit_prior(x, group)
+    mean, variance = (m.detach() for m in net.encode(x))
+    generator = torch.Generator().manual_seed(0)
+    for g, of in ((0, group == 0), (1, group == 1), (2, group >= 0), (-1, group >= 0)):
+        drawn = net.draw_shape(torch.full((20000,), g), generator)
+        cov = torch.cov(mean[of].T) + torch.diag(variance.mean(0))
+        assert torch.allclose(drawn.mean(0), mean[of].mean(0), atol=0.05)       # 5 standard errors
+        assert torch.allclose(torch.cov(drawn.T), cov, atol=0.06)
+
+
+def test_scores_see_copies_shifts_and_lost_spread():
+    """Copies of training masks are all memorised, real masks score like the reference, moved ones do not."""
+    known, a, b, c = (fairdiff.make_phantom(60, 64, seed=s)["mask"] for s in range(4))
+    fresh = {name: (x, y) for name, x, y in pointdiff.compare_masks(c, known, a, b)}
+    assert fresh["memorised"][0] < 0.2 and abs(fresh["1-NNA"][0] - fresh["1-NNA"][1]) < 0.25
+    copied = {name: (x, y) for name, x, y in pointdiff.compare_masks(known, known, a, b)}
+    assert copied["memorised"][0] == 1 and copied["area, KS"][0] == copied["area, KS"][1]
+    moved = {name: (x, y) for name, x, y in pointdiff.compare_masks(np.roll(c[:1].repeat(60, 0), 12, 2), known, a, b)}
+    assert moved["centre x, shift in sd"][0] > 2 and moved["area, spread"][0] < 0.01 and moved["1-NNA"][0] > 0.95
 
 
 def test_null_group_is_not_the_last_group():
