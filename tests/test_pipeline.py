@@ -147,6 +147,7 @@ BAD = [
     (pointdiff, "train shape.npz", "but mask"), (pointdiff, "train set.npz --group Martian", "no group 'Martian'"),
     (pointdiff, "train two.npz --group Asian", "Asian"), (pointdiff, "train norace.npz", "known race"),
     (pointdiff, "sample nowhere.pt", "pointdiff.py train"), (pointdiff, "sample text.pt", "readable"),
+    (pointdiff, "score nowhere.pt set.npz set.npz", "pointdiff.py train"),
     (transunet, "train nowhere.npz", "fairdiff.py phantom"), (transunet, "train shape.npz", "but mask"),
     (transunet, "train odd.npz", "divisible by 16"), (transunet, "train set.npz --method magic", "invalid choice"),
     (transunet, "predict nowhere.pt set.npz", "transunet.py train"), (transunet, "predict kind.pt set.npz", "other"),
