@@ -11,7 +11,8 @@ its encoder that also sees the mask and speaks to the base through 1x1 convoluti
 is zero, but its gradient, the input times the error, is not; one step later it passes gradient on to
 everything before it.
 
-Expect at SCALE=cpu (2 cores without bf16): 0.21 s a step of the base, 0.27 s of the ControlNet.
+Expect at SCALE=cpu (2 cores without bf16): base 200 steps in 54 s, ControlNet 850 in 257 s, 1,002 images in
+76 s; a judge's Dice on them is 0.95 (rare group) to 1.0 of its Dice on real images (phantom, seed 0).
 """
 import copy
 import csv

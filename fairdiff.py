@@ -166,7 +166,11 @@ def _phantom_image(rng, mask, look):
     blot = np.hypot(x - cx - far * np.cos(way), x[:, None] - cy - far * np.sin(way))
     blot = ((blot < 0.42 * radius * np.exp(rng.normal(0, 0.15))) & (mask == 1)).astype(np.float32)
     blur = look["blur"] * np.exp(rng.normal(0, 0.2)) * size
-    disc, cup, blot = (ndimage.gaussian_filter(r, s * blur) for r, s in ((disc, 1), (cup, 1.15), (blot, 1)))
+    reach = int(5 * blur) + 1                                         # beyond it, blurred nothing is nothing
+    rows, cols = (np.flatnonzero(disc.any(axis)) if disc.any() else [0] for axis in (1, 0))
+    near = tuple(slice(max(0, at[0] - reach), at[-1] + 1 + reach) for at in (rows, cols))
+    for region, sigma in ((disc, blur), (cup, 1.15 * blur), (blot, blur)):
+        region[near] = ndimage.gaussian_filter(region[near], sigma)
     c = np.linspace(-1, 1, size, dtype=np.float32)
     off = rng.normal(0, 0.25, 2)                                        # the light is not centred
     light = 1.06 - 0.34 * ((c[None] - off[0]) ** 2 + (c[:, None] - off[1]) ** 2) / 2          # and falls off

@@ -11,6 +11,9 @@ every point passes the same MLPs, and what it must know of the others comes thro
 Which outline to draw is said by a shape code (Luo and Hu 2021, on whose code the authors built): 16 numbers
 that a second PointNet reads from the clean cloud. Each group's codes get a Gaussian, from which sampling
 draws. Without it the outlines were clean but too alike: half the real spread of cup-to-disc ratios.
+
+Expect at SCALE=cpu (2 cores without bf16): 2,800 steps in 163 s, 1,002 masks in 36 s, 98.5 % of the clouds
+valid (2026-11-23, seed 0, phantom). `score` says how like real masks they are.
 """
 import csv
 import math

@@ -9,8 +9,8 @@ grid; a cascaded upsampler climbs back, taking one skip at each of the three fin
 the published R50-ViT-B/16 with 105.28 M parameters, the default is the same class with smaller numbers
 (1.0 M).
 
-Expect at 64 px, batch 16, on 2 cores without bf16: about 7 steps a second; 330 steps reach a Dice (mean of
-rim and cup) of 0.87 to 0.92 on the phantom's test split, depending on its contrast.
+Expect at 64 px, batch 16, on 2 cores without bf16: 6 steps a second; 280 steps reach a Dice (mean of rim and
+cup) of 0.89 on the phantom's test split, 0.82 in the rare group (seed 0).
 """
 import math
 import sys
