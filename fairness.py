@@ -71,7 +71,7 @@ def surface_distance(pred, true, label):
 
     Arguments and errors as in `dice`. Returns float (N,) >= 0, NaN where the structure is missing in a mask.
     """
-    _areas(pred[:1], true[:1], label)
+    _areas(pred[:1], true[:1], label)                                   # for its errors
     code = LABELS.get(label, label)
     out = np.full(len(pred), np.nan)
     for i, masks in enumerate(zip(pred, true, strict=True)):

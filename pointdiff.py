@@ -96,7 +96,7 @@ def _star_shaped(region):
     inside = part[rows, cols]                                           # (A / 4, 128), nothing on the margin
     gain = np.cumsum(np.where(inside, r, -r), 1)                        # r dr: area won so far along the ray
     turn = np.abs(np.angle(np.exp(1j * (ANGLES[:, None] - ANGLES[::4]))))           # (A, A / 4)
-    radius = (r[gain.argmax(1)] * np.exp(-2 * turn)).max(1)
+    radius = (r[gain.argmax(1)] * np.exp(-2 * turn)).max(1).clip(min=1)   # of a thin arc, a dot
     corners = np.array((cx, cy)) + radius[:, None] * DIRECTIONS + (box[1].start - 1, box[0].start - 1)
     return _fill((2 * corners + 1) / region.shape[::-1] - 1, region.shape)
 
@@ -277,7 +277,7 @@ def timestep_embedding(t, dim):
 class PointBlock(nn.Module):
     """Residual MLP shared by all points, modulated by the cloud's pooled features and what it is told.
 
-    No normalisation: it hides how far out a point lies, and costs as much time as a matrix product.
+    No normalisation: it would hide how far out a point lies, and it takes time.
     """
 
     def __init__(self, width):
@@ -343,7 +343,7 @@ class PointNet(nn.Module):
         codes = [self.encode(part) for part in x.split(256)]
         mean, variance = (torch.cat(c).float() for c in zip(*codes, strict=True))
         spread = torch.diag(variance.mean(0))                           # what encode itself is unsure of
-        everybody = mean.mean(0), torch.cov(mean.T) + spread
+        everybody = mean.mean(0), torch.cov(mean.T, correction=int(len(mean) > 1)) + spread
         groups = [(g, mean[group == g]) for g in range(len(self.prior_mean) - 1)]
         centred = torch.cat([m - m.mean(0) for _, m in groups])
         within = centred.T @ centred / len(centred)
@@ -477,10 +477,10 @@ def train(args):
         seen = torch.randperm(512, device=device)[:args.points]         # a set's shape shows in a part of it
         x0 = clouds[index][:, seen]                                     # (B, N, 3)
         with autocast(device, dtype):
-            mean, variance = net.encode(x0)
-            shape = mean + variance.sqrt() * torch.randn_like(mean)
+            mu, var = net.encode(x0)
+            shape = mu + var.sqrt() * torch.randn_like(mu)
             loss = ddpm.loss(net, x0, group[index], shape)
-        kl = 0.5 * (mean ** 2 + variance - variance.log() - 1).sum(1).mean()       # holds the codes together
+        kl = 0.5 * (mu ** 2 + var - var.log() - 1).sum(1).mean()        # holds the codes together
         optimizer.zero_grad(set_to_none=True)
         (loss + 1e-5 * kl).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -491,7 +491,7 @@ def train(args):
             bar.set_postfix(loss=f"{log[-1][1]:.3f}")
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
             save_training(args.out, config, net, ema, optimizer, step + 1, log)
-    net.load_state_dict(ema.state)
+    net.load_state_dict(ema.state)                                      # the prior is fitted to what samples
     net.fit_prior(clouds, group)
     ema.state = net.state_dict()
     save_training(args.out, config, net, ema, optimizer, args.steps, log)
@@ -513,15 +513,15 @@ def load_points(path, device):
 def sample_clouds(net, ddpm, config, group, n, steps, generator, batch=100, frames=None):
     """n clouds float32 (n, 512, 3) of one group (its code), in mask coordinates; frames as in DDPM.sample."""
     std, mean = np.float32(config["std"]), np.float32(config["mean"])
-    out, trace = [], []
+    out = []
     for i in range(0, n, batch):
         b = min(batch, n - i)
         code = torch.full((b,), group, device=generator.device)
         shape = net.draw_shape(code, generator)
         out.append(ddpm.sample(net, (b, 512, 3), code, shape, steps=steps, generator=generator,
-                               frames=trace).cpu().numpy())
+                               frames=frames).cpu().numpy())
     if frames is not None:
-        frames += [x.cpu().numpy() * std + mean for x in trace]
+        frames[:] = [x.cpu().numpy() * std + mean for x in frames]
     return np.concatenate(out) * std + mean
 
 

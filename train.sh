@@ -31,7 +31,7 @@ points_flags="" draw_flags="" base_flags="" seg_flags=""
 case $SCALE in
   smoke) size=32 train=96 test=60                       # every stage; the clouds may be --rough
          points=200 points_batch=16 base=20 control=20 image_batch=8 seg=20 seg_batch=8 draw_points=20 draw_images=4
-         points_flags="--width 64 --depth 2 --lr 6e-3" draw_flags=--rough base_flags="--width 16" ;;
+         points_flags="--width 64 --lr 6e-3" draw_flags=--rough base_flags="--width 16" ;;
   cpu)   size=64 train=1000 test=2000                   # 92 patients of the rare group
          points=2800 points_batch=32 base=200 control=850 image_batch=16 seg=280 seg_batch=16
          draw_points=32 draw_images=12 ;;

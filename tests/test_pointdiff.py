@@ -69,7 +69,7 @@ def test_odd_masks():
     clean[28, 31] = 2
     dirty = clean.copy()
     dirty[40, 40], dirty[2:4, 60:62] = 0, 1                             # a hole and a crumb
-    dirty[60, 60] = 2                                                   # a cup outside the disc is a crumb, too
+    dirty[60:62, 60:62] = 2                                         # a larger cup outside the disc is one, too
     assert np.array_equal(points_to_mask(mask_to_points(dirty), 64), clean)
 
 
@@ -92,6 +92,8 @@ def test_an_outline_that_is_not_star_shaped_is_read_as_well_as_it_can_be():
     bay = ((xx - 32) ** 2 + (yy - 32) ** 2 < 400) & ~((abs(yy - 32) < 5) & (xx > 30))
     back = points_to_mask(mask_to_points(bay.astype(np.uint8)), 64)
     assert overlap(back > 0, bay) > 0.8
+    arc = (abs(np.hypot(xx - 32, yy - 32) - 19) < 1) & (xx < 36)        # its centroid lies outside: a dot is left
+    assert mask_to_points(arc.astype(np.uint8)).shape == (512, 3)
 
 
 def test_noisy_points_give_smooth_outlines():
