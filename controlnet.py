@@ -4,6 +4,7 @@
     python controlnet.py train-control data/train.npz base.pt --out control.pt
     python controlnet.py sample control.pt masks.npz --out synthetic.npz
     python controlnet.py agree judge.pt synthetic.npz data/test.npz --out agreement.csv
+    python controlnet.py quality judge.pt base.pt control.pt synthetic.npz data/train.npz data/test.npz
 
 The base learns what images of a group look like. The ControlNet (Zhang et al. 2023) is a trainable copy of
 its encoder that also sees the mask and speaks to the base through 1x1 convolutions that start at zero (Eq.
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from scipy.spatial.distance import cdist
 from tqdm import tqdm
 
 from fairdiff import (
@@ -45,7 +47,7 @@ from fairdiff import (
     save_sheet,
     save_training,
 )
-from fairness import dice, surface_distance
+from fairness import dice, frechet_distance, mmd_cov, one_nna, surface_distance
 from pointdiff import DDPM, timestep_embedding
 from transunet import check_size, draw_batch, load_segmenter, method_weights, segment
 
@@ -231,6 +233,7 @@ def train(args):
         net.base.load_state_dict(state["ema"])
         net.copy.load_state_dict(net.base.encoder.state_dict())
     net = net.to(device, memory_format=torch.channels_last)
+    reader = load_segmenter(args.reader, device) if control and args.reader else None
     image, mask, group = (torch.as_tensor(a, device=device) for a in (data["image"], data["mask"], code))
     weight = method_weights(data, attribute, "oversample")              # the rare groups need the steps most
     trained = [p for p in net.parameters() if p.requires_grad]
@@ -262,9 +265,27 @@ def train(args):
             bar.set_postfix(loss=f"{log[-1][1]:.3f}")
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
             save_training(args.out, config, net, ema, optimizer, step + 1, log)
+            if reader:
+                made, real = read_along(reader, net, ema, ddpm, config, data, code, device, dtype)
+                bar.write(f"control, step {step + 1}: the reader's Dice is {made:.3f} on generated images, "
+                          f"{real:.3f} on the real ones of these masks", file=sys.stdout)
     print(f"{config['kind']}: loss {np.mean([v for _, v in log[-5:]]):.4f} after {args.steps} steps")
     net.load_state_dict(ema.state)
     preview(args.out, net, ddpm, config, data, code, device, dtype)
+
+
+def read_along(reader, net, ema, ddpm, config, data, code, device, dtype):
+    """A segmenter's Dice, mean of rim and cup, on images over eight masks a group, generated and real."""
+    rows = np.concatenate([np.flatnonzero(code == g)[:8] for g in np.unique(code[code >= 0])])
+    now = {k: v.clone() for k, v in net.state_dict().items()}
+    net.load_state_dict(ema.state)
+    mask = data["mask"][rows]
+    made = sample_images(net, ddpm, config, code[rows], mask, mask.shape[1:], 12,
+                         torch.Generator(device).manual_seed(0), dtype)
+    net.load_state_dict(now)
+    net.train()
+    return (np.nanmean([dice(segment(reader, images, device, dtype), mask, s) for s in ("rim", "cup")])
+            for images in (made, data["image"][rows]))
 
 
 def preview(out, net, ddpm, config, data, code, device, dtype):
@@ -388,6 +409,127 @@ def agree(args):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Table 1
+
+def judge_features(judge, images, device, dtype=None, batch=100):
+    """What a segmenter sees in images uint8 (N,H,W): float64 (N, D), D <= 64.
+
+    Averages over the image of its first decoder stage with at most 64 channels.
+    """
+    out = []
+    with torch.no_grad(), autocast(device, dtype):
+        for i in range(0, len(images), batch):
+            x, skips = judge.tokens(torch.as_tensor(images[i:i + batch, None], device=device).float() / 255)
+            x = judge.bridge(x)
+            for up, skip in zip(judge.ups, (*skips, None), strict=True):
+                x = up(x, skip)
+                if x.shape[1] <= 64:
+                    break
+            out.append(x.mean((2, 3)).double().cpu().numpy())
+    return np.concatenate(out)
+
+
+def inception_features(path, images, device, batch=50):
+    """Features float64 (N, 2048) of images uint8 (N,H,W), read by FID's usual TorchScript file."""
+    try:
+        net = torch.jit.load(path, map_location=device).eval()
+        with torch.no_grad():
+            parts = [net(torch.as_tensor(images[i:i + batch, None], device=device).repeat(1, 3, 1, 1),
+                         return_features=True).double().cpu().numpy() for i in range(0, len(images), batch)]
+    except (RuntimeError, ValueError, OSError) as e:
+        raise InputError(f"{path}: expected the TorchScript Inception of FID, inception-2015-12-05.pt "
+                         f"({str(e).strip().splitlines()[-1][:80]})") from None
+    return np.concatenate(parts)
+
+
+def quality(args):
+    """Table 1: images without control, over training masks and over sampled ones, against held-out images."""
+    device, dtype = pick_device(args.device)
+    judge = load_segmenter(args.judge, device)
+    nets = []
+    for path, kind, help in ((args.base, "base", HELP_BASE), (args.control, "control", HELP_CONTROL)):
+        state = load_checkpoint(path, kind, help)
+        net, ddpm = build(state["config"])
+        net.load_state_dict(state["ema"])
+        nets.append((net.to(device, memory_format=torch.channels_last), ddpm, state["config"]))
+    attribute = nets[1][2]["attribute"]
+    sets = [load_set(path) for path in (args.synthetic, args.train, args.test)]
+    codes = [np.where((s["mask"] > 0).any((1, 2)), known_groups(s, attribute)[0], -1) for s in sets]
+    names = group_codes(sets[2], attribute)[1]
+    for data, path in zip(sets, (args.synthetic, args.train, args.test), strict=True):
+        check_size(data, path)
+        check_grid(data, path, nets[1][2])
+    synthetic, train, test = sets
+    counts = np.array([np.bincount(c[c >= 0], minlength=len(names)) for c in codes])
+    counts[2] //= 2                                                     # two disjoint sets of held-out images
+    groups = np.flatnonzero(counts.min(0) > 1)
+    if not len(groups):
+        raise InputError(f"no group of {attribute} has 2 images with a disc in {args.synthetic} and in "
+                         f"{args.train}, and 4 in {args.test}")
+    n = min(args.n, counts[:, groups].min())                            # images a group, in every set
+    rng = np.random.default_rng(args.seed)
+    drawn = [[rng.permutation(np.flatnonzero(c == g)) for g in groups] for c in codes]
+    made, known, held, other = (np.concatenate([d[part] for d in drawn[k]]) for k, part in (
+        (0, slice(n)), (1, slice(n)), (2, slice(n)), (2, slice(n, 2 * n))))
+    group = np.repeat(groups, n)
+
+    def paint(k, code, mask, seed):
+        return sample_images(*nets[k], code, mask, test["image"].shape[1:], args.steps,
+                             torch.Generator(device).manual_seed(seed), dtype)
+
+    rows = {"real": (test["image"][other], test["mask"][other]),
+            "base, no control": (paint(0, group, None, args.seed), None),
+            "w/o Point-Mask": (paint(1, group, train["mask"][known], args.seed), train["mask"][known]),
+            "w/ Point-Mask": (synthetic["image"][made], synthetic["mask"][made])}
+
+    def look(images):
+        if args.inception:
+            return inception_features(args.inception, images, device)
+        return judge_features(judge, images, device, dtype)
+
+    reference, training = look(test["image"][held]), look(train["image"][codes[1] >= 0])
+    apart = cdist(training[:2000], training)
+    np.fill_diagonal(apart, np.inf)
+    near = np.quantile(apart.min(1), 0.01)
+    itself, table = cdist(reference, reference), []
+    for name, (images, mask) in rows.items():
+        seen = look(images)
+        far = cdist(seen, reference)
+        nearest = np.stack([far[:, group == g].min(1) for g in groups], 1)          # (N, G), to each group
+        pred = None if mask is None else segment(judge, images, device, dtype)
+        read = np.nan if mask is None else np.nanmean([dice(pred, mask, s) for s in ("rim", "cup")])
+        frechet = frechet_distance(seen, reference) if len(seen) > seen.shape[1] else np.nan
+        table.append((name, len(seen), frechet, *mmd_cov(far), one_nna(cdist(seen, seen), itself, far), read,
+                      np.mean(groups[nearest.argmin(1)] == group),
+                      np.mean(cdist(seen, training).min(1) < near)))
+    heads = ("set", "n", "FID" if args.inception else "Frechet (judge)", "MMD", "COV", "1-NNA", "Dice read",
+             "own group", "memorised")
+    with replacing(args.out) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(heads)
+        writer.writerows([*row[:2], *(f"{x:.6g}" for x in row[2:])] for row in table)
+    print(f"{heads[0]:<18}{heads[1]:>6}{heads[2]:>17}" + "".join(f"{h:>11}" for h in heads[3:]))
+    for name, count, *values in table:
+        cells = ["-" if np.isnan(v) else f"{v:.4f}" for v in values]
+        print(f"{name:<18}{count:>6}{cells[0]:>17}" + "".join(f"{c:>11}" for c in cells[1:]))
+    if len(seen) <= seen.shape[1]:
+        print(f"{len(seen)} images cannot fix the covariance of {seen.shape[1]} features: no {heads[2]}")
+    print("w/ Point-Mask, distance to the nearest real image of:  " + "  ".join(names[g] for g in groups))
+    for g in groups:
+        print(f"  {names[g]:<20}" + "".join(f"{x:>11.4f}" for x in nearest[group == g].mean(0)))
+    tiles, show = [], [made[np.flatnonzero(group == g)[:2]] for g in groups]
+    for g, pair in zip(groups, show, strict=True):
+        mask, code = synthetic["mask"][pair], np.full(len(pair), g)
+        again = [paint(1, code, mask, args.seed + k) for k in (1, 2)]
+        twin = np.flatnonzero(codes[1] >= 0)[cdist(look(synthetic["image"][pair]), training).argmin(1)]
+        tiles.append([tile for i, k in enumerate(pair) for tile in (
+            mask[i] * np.uint8(127), outline(synthetic["image"][k], mask[i]), again[0][i], again[1][i],
+            train["image"][twin[i]])])
+    save_sheet(f"{args.out}.png", tiles, [names[g] for g in groups],
+               note="mask | its image | two other seeds | nearest training image, twice")
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Command line
 
 def main(argv=None):
@@ -404,6 +546,7 @@ def main(argv=None):
         else:
             p.add_argument("base", help="what train-base wrote")
             p.add_argument("--lock", action="store_true", help="freeze the base's decoder too")
+            p.add_argument("--reader", help="a segmenter, plain.pt, that reads images along the way")
         p.add_argument("--out", default="base.pt" if command == "train-base" else "control.pt",
                        help="checkpoint; an interrupted training continues from it")
         p.add_argument("--steps", type=int, default=500, help="optimizer steps")
@@ -428,6 +571,20 @@ def main(argv=None):
     p.add_argument("--out", default="agreement.csv", help="the table")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.set_defaults(run=agree)
+    p = sub.add_parser("quality", help="Table 1: generated images beside held-out ones")
+    p.add_argument("judge", help="checkpoint of a segmenter trained on real images and used for nothing else")
+    p.add_argument("base", help="what train-base wrote")
+    p.add_argument("control", help="what train-control wrote")
+    p.add_argument("synthetic", help="what sample painted over masks of the point model")
+    p.add_argument("train", help="real training dataset .npz")
+    p.add_argument("test", help="real test dataset .npz: held-out images")
+    p.add_argument("--n", type=int, default=100, help="images a group at most, the same number in each")
+    p.add_argument("--inception", help="TorchScript Inception for FID; this *runs* the file's program")
+    p.add_argument("--steps", type=int, default=12, help="sampler steps")
+    p.add_argument("--out", default="table1.csv", help="the table; a picture is written beside it")
+    p.add_argument("--seed", type=int, default=0, help="draws images and noise")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    p.set_defaults(run=quality)
     return run_command(parser, argv)
 
 

@@ -136,3 +136,52 @@ def test_agreement_of_real_images_with_themselves_is_one(set_file, tmp_path):
     assert {r["group"] for r in rows} == {"Asian", "Black", "White", "pooled"}
     assert all(float(r["ratio"]) == 1 for r in rows if r["figure"] == "dice" and float(r["real"]) > 0)
     assert {r["figure"] for r in rows} == {"dice", "distance", "missing"}
+
+
+class Stub(torch.nn.Module):
+    """In Inception's place: two numbers an image, and torchscript's calling convention."""
+
+    def forward(self, x, return_features: bool = False):
+        y = x.float().mean((1, 3))
+        return torch.stack([y.mean(1), y.std(1)], 1)
+
+
+def test_table_1_knows_copies_and_refuses_to_call_the_judge_fid(set_file, trained, tmp_path, capsys):
+    """The training set itself as generated: all memorised and own group; FID is named only with --inception."""
+    judge, stub, out = (str(tmp_path / n) for n in ("judge.pt", "stub.pt", "t.csv"))
+    assert transunet.main(["train", set_file, "--out", judge, "--steps", "2", "--batch", "4", "--width", "8"]) == 0
+    argv = ["quality", judge, *trained, set_file, set_file, set_file, "--steps", "2", "--out", out]
+    assert controlnet.main(argv) == 0
+    assert "no Frechet (judge)" in capsys.readouterr().out and "FID" not in open(out).read()
+    rows = {r["set"]: r for r in csv.DictReader(open(out))}
+    assert list(rows) == ["real", "base, no control", "w/o Point-Mask", "w/ Point-Mask"]
+    assert float(rows["w/ Point-Mask"]["memorised"]) == 1 > float(rows["base, no control"]["memorised"])
+    assert rows["base, no control"]["Dice read"] == "nan" != rows["real"]["Dice read"]
+    torch.jit.script(Stub()).save(stub)
+    assert controlnet.main([*argv, "--inception", stub]) == 0
+    rows = {r["set"]: r for r in csv.DictReader(open(out))}
+    assert 0 <= float(rows["real"]["FID"]) < float(rows["base, no control"]["FID"])
+    assert controlnet.main([*argv, "--inception", set_file]) == 2 and "TorchScript" in capsys.readouterr().err
+
+
+def test_a_reader_along_the_way_changes_nothing(set_file, trained, tmp_path, capsys):
+    """With --reader its Dice is in the log, and the weights are those of a training without."""
+    judge, read = str(tmp_path / "judge.pt"), str(tmp_path / "read.pt")
+    assert transunet.main(["train", set_file, "--out", judge, "--steps", "2", "--batch", "4", "--width", "8"]) == 0
+    assert controlnet.main(["train-control", set_file, trained[0], "--steps", "2", "--batch", "4", "--out", read,
+                            "--reader", judge]) == 0
+    assert "step 2: the reader's Dice" in capsys.readouterr().out
+    a, b = (fairdiff.load_checkpoint(p)["ema"] for p in (trained[1], read))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("size", [128, 256])
+def test_larger_images_run_with_the_same_code(size, tmp_path):
+    """Two steps of base and ControlNet and two of the sampler, at 128 and 256 px."""
+    path, base, control = (str(tmp_path / n) for n in ("set.npz", "base.pt", "control.pt"))
+    fairdiff.save_set(path, fairdiff.make_phantom(4, size, 0, balance="race"))
+    common = ["--steps", "2", "--batch", "2"]
+    assert controlnet.main(["train-base", path, "--out", base, "--width", "8", *common]) == 0
+    assert controlnet.main(["train-control", path, base, "--out", control, *common]) == 0
+    assert controlnet.main(["sample", control, path, "--steps", "2", "--out", str(tmp_path / "s.npz")]) == 0
+    assert fairdiff.load_set(tmp_path / "s.npz")["image"].shape == (4, size, size)

@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fairdiff
 import pointdiff
@@ -165,7 +166,7 @@ def test_shape_codes_do_not_depend_on_the_order_of_points():
 
 
 def test_the_prior_draws_codes_with_the_moments_of_its_group():
-    """20,000 draws of a group of many clouds have its codes' mean and covariance, a group of none everybody's."""
+    """20,000 draws of a group of many clouds have its codes' moments (truncated), a group of none everybody's."""
     torch.manual_seed(0)
     net = PointNet(3, latent=4)
     group = torch.arange(3000) % 2
@@ -177,7 +178,7 @@ def test_the_prior_draws_codes_with_the_moments_of_its_group():
         drawn = net.draw_shape(torch.full((20000,), g), generator)
         cov = torch.cov(mean[of].T) + torch.diag(variance.mean(0))
         assert torch.allclose(drawn.mean(0), mean[of].mean(0), atol=0.05)       # 5 standard errors
-        assert torch.allclose(torch.cov(drawn.T), cov, atol=0.06)
+        assert torch.allclose(torch.cov(drawn.T), pointdiff.SPREAD ** 2 * cov, atol=0.06)
 
 
 def test_scores_see_copies_shifts_and_lost_spread():
@@ -226,6 +227,27 @@ def test_analytic_noise_drives_the_sampler_back_to_x0(predict, steps, eta):
         return eps if predict == "eps" else signal * eps - sigma * x0
     out = d.sample(oracle, (2, 5, 3), steps=steps, eta=eta, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(out, x0, atol=0.02 if predict == "eps" else 2e-3)
+
+
+def test_score_prints_every_group_and_the_curve_over_sampler_steps(tmp_path, capsys, monkeypatch):
+    """Real clouds in the sampler's place score as real ones: all valid, and every figure is in print and CSV."""
+    for seed, path in ((0, "train"), (1, "test")):
+        fairdiff.save_set(tmp_path / f"{path}.npz", fairdiff.make_phantom(60, 64, seed, balance="race"))
+    clouds = np.stack([mask_to_points(m) for m in fairdiff.make_phantom(60, 64, 2)["mask"]])
+    monkeypatch.setattr(pointdiff, "sample_clouds", lambda *a, frames=None: (
+        frames.extend([clouds, clouds]) if frames is not None else None, clouds[:a[4]])[1])
+    monkeypatch.setattr(pointdiff, "load_points", lambda *a: (
+        None, None, {"attribute": "race", "group": None, "groups": ["Asian", "Black", "White"]}))
+    out = tmp_path / "score.csv"
+    assert pointdiff.main(["score", "x", *(f"{tmp_path}/{p}.npz" for p in ("train", "test")), "--steps", "8", "16",
+                           "--out", str(out)]) == 0
+    printed, rows = capsys.readouterr().out, out.read_text().splitlines()
+    assert "Asian 10, Black 10, White 10" in printed and "8 steps" in printed and "16 steps" in printed
+    figures = {r.split(",", 3)[3].rsplit(",", 2)[0].strip('"') for r in rows[1:]}
+    assert len(rows) == 1 + 2 * 3 * len(figures) and all(f in printed for f in figures)
+    assert [r.split(",")[4] for r in rows if ",valid," in r] == ["1.0"] * 6
+    with Image.open(f"{out}.png") as picture:
+        assert picture.size == (90 + 13 * 130, 16 + 3 * 130)
 
 
 def test_loss_is_zero_for_the_oracle_and_draws_both_ends():
