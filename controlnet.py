@@ -169,29 +169,31 @@ def zero_conv(channels):
 class ControlNet(nn.Module):
     """y_c = F(x; Phi) + Z(F(x + Z(c; Phi_z1); Phi_c); Phi_z2), Eq. 5, around a trained UNet.
 
-    forward(x (B,1,H,W), t, group, mask long (B,H,W) with labels 0, 1, 2) -> (B,1,H,W). The base's encoder is
-    frozen; its decoder is trained along unless lock. At initialisation the output is the base's, bit for bit.
+    forward(x (B,1,H,W), t, group, mask long (B,H,W) with labels 0, 1, 2) -> (B,1,H,W). The base is frozen; a
+    copy of its decoder is trained along unless lock. At initialisation the output is the base's, bit for bit.
+    guidance w > 0 moves the output away from the base's, y_c + w (y_c - y): classifier-free guidance (Ho and
+    Salimans 2022), the base being the network that has not seen the mask.
     """
 
     def __init__(self, base, lock=False):
         super().__init__()
-        self.base = base
-        self.copy = copy.deepcopy(base.encoder)                         # Phi_c
+        self.base = base.requires_grad_(False)                          # Phi
+        self.copy = copy.deepcopy(base.encoder).requires_grad_(True)    # Phi_c
+        self.decoder = copy.deepcopy(base.decoder).requires_grad_(not lock)
         w, p = base.widths, base.patch
         self.hint = nn.Sequential(nn.PixelUnshuffle(p), nn.Conv2d(3 * p * p, w[0], 3, padding=1), nn.SiLU(),
                                   nn.Conv2d(w[0], w[0], 3, padding=1), nn.SiLU())       # c_f = E(c_i)
         self.z1 = zero_conv(w[0])                                       # Phi_z1
         self.z2 = nn.ModuleList(zero_conv(c) for c in (*w, w[-1]))    # Phi_z2: one a skip, one for the middle
-        base.encoder.requires_grad_(False)
-        base.decoder.requires_grad_(not lock)
 
-    def forward(self, x, t, group, mask):
+    def forward(self, x, t, group, mask, guidance=0.0):
         c = F.one_hot(mask, 3).movedim(-1, 1).to(x.dtype)               # (B, 3, H, W)
         with torch.no_grad():
             skips, h, emb = self.base.encoder(x, t, group)              # F(x; Phi)
         more, h_c, _ = self.copy(x, t, group, self.z1(self.hint(c)))    # F(x + Z(c; Phi_z1); Phi_c)
-        skips = [s + z(m) for s, z, m in zip(skips, self.z2, more, strict=False)]
-        return self.base.decoder(skips, h + self.z2[-1](h_c), emb)      # Eq. 5 at every level
+        told = [s + z(m) for s, z, m in zip(skips, self.z2, more, strict=False)]
+        y_c = self.decoder(told, h + self.z2[-1](h_c), emb)             # Eq. 5 at every level
+        return y_c + guidance * (y_c - self.base.decoder(skips, h, emb)) if guidance else y_c
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -232,6 +234,7 @@ def train(args):
     if control:
         net.base.load_state_dict(state["ema"])
         net.copy.load_state_dict(net.base.encoder.state_dict())
+        net.decoder.load_state_dict(net.base.decoder.state_dict())
     net = net.to(device, memory_format=torch.channels_last)
     reader = load_segmenter(args.reader, device) if control and args.reader else None
     image, mask, group = (torch.as_tensor(a, device=device) for a in (data["image"], data["mask"], code))
@@ -316,8 +319,12 @@ def check_grid(data, path, config):
 # ------------------------------------------------------------------------------------------------------------
 # Sampling
 
+GUIDANCE = 0.3          # settled by measurement, see the README
+
+
 @torch.no_grad()
-def sample_images(net, ddpm, config, code, mask, size, steps, generator, dtype=None, batch=50):
+def sample_images(net, ddpm, config, code, mask, size, steps, generator, dtype=None, guidance=GUIDANCE,
+                  batch=50):
     """Images uint8 (N,H,W) of groups code (N,), over masks uint8 (N,H,W) or, None, freely."""
     net.eval()
     mean, std = config["mean"], config["std"]
@@ -325,7 +332,7 @@ def sample_images(net, ddpm, config, code, mask, size, steps, generator, dtype=N
     for i in tqdm(range(0, len(code), batch), "images", leave=False):
         cond = [torch.as_tensor(code[i:i + batch].astype(np.int64), device=generator.device)]
         if mask is not None:
-            cond.append(torch.as_tensor(mask[i:i + batch].astype(np.int64), device=generator.device))
+            cond += [torch.as_tensor(mask[i:i + batch].astype(np.int64), device=generator.device), guidance]
         with autocast(generator.device, dtype):
             x = ddpm.sample(net, (len(cond[0]), 1, *size), *cond, steps=steps, generator=generator,
                             clip=(-mean / std, (255 - mean) / std))
@@ -345,7 +352,7 @@ def sample(args):
     net.load_state_dict(state["ema"])
     net = net.to(device, memory_format=torch.channels_last)
     images = sample_images(net, ddpm, config, code, data["mask"], data["mask"].shape[1:], args.steps,
-                           torch.Generator(device).manual_seed(args.seed), dtype)
+                           torch.Generator(device).manual_seed(args.seed), dtype, args.guidance)
     save_set(args.out, data | {"image": images, "synthetic": np.ones(len(images), bool)})
     print(f"{args.out}: {len(images)} images")
     groups = np.unique(code)
@@ -475,7 +482,7 @@ def quality(args):
 
     def paint(k, code, mask, seed):
         return sample_images(*nets[k], code, mask, test["image"].shape[1:], args.steps,
-                             torch.Generator(device).manual_seed(seed), dtype)
+                             torch.Generator(device).manual_seed(seed), dtype, args.guidance)
 
     rows = {"real": (test["image"][other], test["mask"][other]),
             "base, no control": (paint(0, group, None, args.seed), None),
@@ -560,6 +567,7 @@ def main(argv=None):
     p.add_argument("masks", help="dataset .npz of masks")
     p.add_argument("--out", default="synthetic.npz", help="the same rows with images")
     p.add_argument("--steps", type=int, default=12, help="sampler steps")
+    p.add_argument("--guidance", type=float, default=GUIDANCE, help="how far beyond the mask's bare word")
     p.add_argument("--seed", type=int, default=0, help="draws the noise")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.set_defaults(run=sample)
@@ -581,6 +589,7 @@ def main(argv=None):
     p.add_argument("--n", type=int, default=100, help="images a group at most, the same number in each")
     p.add_argument("--inception", help="TorchScript Inception for FID; this *runs* the file's program")
     p.add_argument("--steps", type=int, default=12, help="sampler steps")
+    p.add_argument("--guidance", type=float, default=GUIDANCE, help="how far beyond the mask's bare word")
     p.add_argument("--out", default="table1.csv", help="the table; a picture is written beside it")
     p.add_argument("--seed", type=int, default=0, help="draws images and noise")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")

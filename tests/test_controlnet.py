@@ -44,6 +44,15 @@ def test_at_initialisation_the_controlnet_is_the_base_bit_for_bit():
     assert torch.equal(ControlNet(copy.deepcopy(base))(x, t, g, mask), base(x, t, g))
 
 
+def test_guidance_moves_away_from_the_base():
+    """y_c + w (y_c - y), y the base's own output."""
+    base = live(UNet(3, widths=(8, 16)))
+    net, (x, t, g, mask) = live(ControlNet(copy.deepcopy(base))), batch()
+    net.base.load_state_dict(base.state_dict())
+    y, y_c = base(x, t, g), net(x, t, g, mask)
+    assert torch.allclose(net(x, t, g, mask, 0.7), y_c + 0.7 * (y_c - y), atol=1e-5) and not torch.allclose(y, y_c)
+
+
 @pytest.mark.parametrize("lock", [True, False])
 def test_zero_convolutions_learn(lock):
     """Step 1 moves only Phi_z2 (and the unlocked decoder); step 2 the hint's Phi_z1 and the copy, too."""
@@ -57,13 +66,13 @@ def test_zero_convolutions_learn(lock):
         (net(x, t, g, mask) - 1).pow(2).mean().backward()
         optimizer.step()
         return {n for n, p in net.named_parameters() if not torch.equal(p, start[n])}
-    decoder = {n for n in start if n.startswith("base.decoder")}
+    decoder = {n for n in start if n.startswith("decoder")}
     first = moved()
     assert {n for n in start if n.startswith("z2")} <= first
     assert first <= {n for n in start if n.startswith("z2")} | (set() if lock else decoder)
     second = moved()
     assert any(n.startswith("z1") for n in second) and any(n.startswith("copy") for n in second)
-    assert not any(n.startswith("base.encoder") for n in second) and (decoder & second == set()) == lock
+    assert not any(n.startswith("base") for n in second) and (decoder & second == set()) == lock
     moved()
     assert any(n.startswith("hint") for n in moved())
 
