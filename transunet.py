@@ -350,6 +350,7 @@ def fairseg_loss(logits, mask, group, n_groups, gamma):
     logits = logits.float()
     p = logits.softmax(1)
     error, count = group_means(soft_dice(p.detach(), mask, (2, 3)).mean(1), group, n_groups)
+    error = error.clamp(min=1e-6)                                       # a perfect group: no 0 / 0
     least = torch.where(count > 0, error, torch.inf).min()
     ratio = torch.where(count > 0, least / error, 1.0)                  # (G,), 1 for the best group
     scale = torch.cat([ratio.new_ones(1), ratio])[group + 1].pow(gamma).tanh()                # (B,)
