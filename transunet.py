@@ -408,7 +408,7 @@ class Fair(nn.Module):
 # Training
 
 # The strength of each method and, after it, the ones tried.
-STRENGTH = {"adv": 0.3, "groupdro": 0.1, "fairseg": 1.0}
+STRENGTH = {"adv": 1.0, "groupdro": 1.0, "fairseg": 1.0}
 METHODS = ("plain", "oversample", *STRENGTH)
 SAVE_EVERY = 200                                        # steps between checkpoints: every 20 s on a laptop
 
