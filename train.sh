@@ -86,7 +86,7 @@ real=$SHARED/data/train.npz testset=$SHARED/data/test.npz seed="--seed $SEED" gr
 # 1. The data. The oracle's set is real, balanced and of the same size: the most that synthesis could buy.
 if [ -n "$DATA" ]; then
   once data fairdiff.py fairseg "$DATA" --out "$SHARED/data" --size $size
-  METHODS=${METHODS/oracle/}
+  METHODS=${METHODS/oracle/}                            # only the phantom has as many real patients as we like
 else
   once data fairdiff.py phantom --out "$SHARED/data" --train $train --test $test --size $size $seed
   stage oracle-data fairdiff.py phantom --out "$OUT/oracle" --train $train --test 0 --size $size $seed --balance "$ATTRIBUTE"

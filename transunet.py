@@ -14,6 +14,7 @@ cup) of 0.89 on the phantom's test split, 0.82 in the rare group (seed 0).
 """
 import math
 import sys
+import zipfile
 
 import numpy as np
 import torch
@@ -238,7 +239,7 @@ class TransUNet(nn.Module):
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {k: torch.as_tensor(np.asarray(file[v], np.float32)) for k, v in keys.items()}
-        except (OSError, ValueError, KeyError) as e:
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
             raise InputError(f"{path}: not the R50+ViT-B_16.npz of ImageNet-21k ({e})") from None
         for name, a in arrays.items():
             p = own[name]
@@ -452,6 +453,8 @@ def train(args):
     check_size(data, args.set)
     lr = args.lr or {"sgd": 0.01, "adamw": 2e-3}[args.optimizer]
     strength = STRENGTH.get(args.method, 0) if args.strength is None else args.strength
+    if not strength >= 0 or not 0 <= args.val < 1:
+        raise InputError(f"--strength {strength} --val {args.val}: expected 0 or more, and a share below 1")
     config = {"kind": "transunet", "size": "base" if args.base else "compact", "width": args.width, "lr": lr,
               "method": args.method, "strength": strength, "attribute": args.attribute, "steps": args.steps,
               "batch": args.batch, "optimizer": args.optimizer, "weights": args.weights or "",

@@ -207,6 +207,8 @@ BAD = [
     (pointdiff, "score nowhere.pt set.npz set.npz", "pointdiff.py train"),
     (transunet, "train nowhere.npz", "fairdiff.py phantom"), (transunet, "train shape.npz", "but mask"),
     (transunet, "train odd.npz", "divisible by 16"), (transunet, "train set.npz --method magic", "invalid choice"),
+    (transunet, "train set.npz --method adv --strength -1", "--strength"), (transunet, "train set.npz --val 1", "--val"),
+    (transunet, "train norace.npz --method groupdro", "known race"),
     (transunet, "predict nowhere.pt set.npz", "transunet.py train"), (transunet, "predict kind.pt set.npz", "other"),
     (controlnet, "train-base key.npz", "no array 'image'"), (controlnet, "train-base odd.npz", "divisible by 8"),
     (controlnet, "train-control set.npz nowhere.pt", "train-base"), (controlnet, "sample kind.pt set.npz", "control"),

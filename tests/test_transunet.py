@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 import fairdiff
 import transunet
@@ -265,4 +266,31 @@ def test_load_npz_fills_stem_and_transformer(tmp_path):
     del file["embedding/bias"]
     np.savez(tmp_path / "vit.npz", **file)
     with pytest.raises(fairdiff.InputError, match="embedding/bias"):
+        net.load_npz(tmp_path / "vit.npz")
+
+
+@pytest.mark.parametrize("grid", [2, 4, 6])
+def test_positions_on_another_grid(tmp_path, grid):
+    """Interpolated when the file is read or in each forward is the same; corners stay corners, as in ndimage.zoom."""
+    file, _ = google_names(TransUNet(width=8))
+    np.savez(tmp_path / "vit.npz", **file)
+    nets = [TransUNet(width=8, grid=g).eval() for g in (4, grid)]
+    nets[1].load_state_dict({k: v for k, v in nets[0].state_dict().items() if k != "position"}, strict=False)
+    for net in nets:
+        net.load_npz(tmp_path / "vit.npz")
+    x = torch.rand(1, 1, 16 * grid, 16 * grid)
+    assert torch.allclose(*(net(x) for net in nets), atol=1e-5)
+    there = file["Transformer/posembed_input/pos_embedding"][0, 1:].reshape(4, 4, 128)
+    zoomed = ndimage.zoom(there, (grid / 4, grid / 4, 1), order=1)      # what the original does
+    assert np.allclose(nets[1].position[0].detach().permute(1, 2, 0), zoomed, atol=1e-5)
+
+
+@pytest.mark.parametrize("key, shape", [("conv_root/kernel", (7, 7, 3, 9)), ("embedding/bias", (5,)), (None, None)])
+def test_load_npz_refuses_other_files(tmp_path, key, shape):
+    """A wrong shape, or no file at all, is one line that names file and key."""
+    net = TransUNet(width=8)
+    file, _ = google_names(net)
+    if key:
+        np.savez(tmp_path / "vit.npz", **file | {key: np.zeros(shape, np.float32)})
+    with pytest.raises(fairdiff.InputError, match=f"vit.npz: {key or 'not the R50'}"):
         net.load_npz(tmp_path / "vit.npz")
