@@ -410,7 +410,7 @@ class Fair(nn.Module):
 # Training
 
 # Chosen by the ES of the mean Dice on the validation part (compact network, 64 px phantom, 280 steps, --val
-# 0.2, seed 0: 200 images, 18 of the rare group, so differences below 0.02 mean little; plain 0.828). Tried: adv
+# 0.2, seed 0: 200 images, 18 of the rare group, differences below 0.02 mean little; plain 0.828). Tried: adv
 # 0.1 0.828, 0.3 0.831, 1 0.831; groupdro 0.01 0.851, 0.1 0.854, 1 0.854; fairseg 0.5 0.830, 1 0.823, 3 0.807.
 # The optimizer by the Dice there: AdamW 1e-3 0.886, 2e-3 0.886, 4e-3 0.893, 8e-3 0.875 (seed 1: 2e-3 0.888,
 # 4e-3 0.883, 8e-3 0.878); SGD 0.01 0.856, 0.05 0.881, 0.2 0.874.
