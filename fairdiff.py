@@ -210,9 +210,15 @@ def make_phantom(n, size, seed, shift=1.0, balance=None):
         raise InputError(f"phantom size {size} px: expected 32 to 512")
     rng = np.random.default_rng((seed, 2))
     data = {"age": np.clip(rng.normal(60, 16, n), 18, 95).astype(np.float32)}
+    if balance == "age":                                                # as far from 60, in turn on each side
+        data["age"] = np.where(np.arange(n) % 2, np.maximum(data["age"], 120 - data["age"]),
+                               np.minimum(data["age"], np.float32(119.9) - data["age"]))
     for attribute, share in MARGINALS.items():
         if attribute == balance:
-            code = rng.permutation(np.arange(n) % len(share))
+            code = rng.permutation(np.arange(n))
+            if attribute == "maritalstatus":                            # its groups are married and not
+                code = np.where(code % 2, 1 + code // 2 % 4, 0)
+            code = code % len(share)
         else:                                   # quotas, so that a seed changes the patients, not how many
             code = rng.permutation(np.searchsorted(np.cumsum(share), (np.arange(n) + 0.5) / n))
             code = np.where(code == len(share), -1, code)
@@ -761,7 +767,7 @@ def main(argv=None):
     p.add_argument("--test", type=int, default=2000, help="test images")
     p.add_argument("--size", type=int, default=64, help="pixels a side, 32 to 512")
     p.add_argument("--shift", type=float, default=1.0, help="how far the races differ; 0 not at all")
-    p.add_argument("--balance", choices=tuple(ATTRIBUTES), help="make this attribute's groups equally large")
+    p.add_argument("--balance", choices=ATTRIBUTE_NAMES, help="make this attribute's groups equally large")
     p.add_argument("--seed", type=int, default=0, help="draws everything")
     p.set_defaults(run=phantom)
     p = sub.add_parser("fairseg", help="read Harvard-FairSeg files")

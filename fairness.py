@@ -5,10 +5,11 @@ FairDiff (MICCAI 2024) calls a segmenter fair if it scores evenly over the group
 (Section 3.2). Here are these numbers and what its tables leave out: intervals, tests, noise floors.
 
     python fairness.py table data/test.npz plain=plain.npz equal.npz --attribute race --out results.csv
+    python fairness.py table data/test.npz plain:0=a.npz plain:1=b.npz            # two trainings of a method
 
 prints Tables 2-5 of the paper (cup, then rim: ES-Dice, Dice, ES-IoU, IoU, each group's Dice and IoU) and how
-evenly the mean Dice is spread. results.md holds the same, results.csv every value for cup and rim. One
-core scores 2,000 predictions of 224 px in 0.6 s a method, once they are read.
+evenly the Dice is spread. tables.md holds the same, results.csv every value for cup and rim. One core scores
+2,000 predictions of 224 px in 0.6 s a method, once they are read.
 """
 import csv
 import functools
@@ -318,17 +319,23 @@ def one_nna(gg, rr, gr):
 # ------------------------------------------------------------------------------------------------------------
 # Command line
 
-def read_predictions(items, truth):
-    """Read `[METHOD=]FILE` one by one; yields the method and its masks (N, H, W) in the order of truth."""
+def read_predictions(items, truth, seed=0):
+    """Read `[METHOD[:SEED]=]FILE` one by one; yields method, seed, masks (N, H, W) in the order of truth.
+
+    Without a SEED (of the training, int) it is `seed`; a method may come several times, once for each seed.
+    """
     names, seen = truth["name"].tolist(), set()
     for item in items:
         method, equals, path = item.partition("=")
         if not equals or Path(item).exists():           # a path may hold a "=", too
             method, path = Path(item).stem, item
-        method = "".join(c if c.isprintable() else "?" for c in method)
-        if not method or method in seen:
-            raise InputError(f"{item!r}: method {method!r} is empty or taken; name it, as in plain=FILE")
-        seen.add(method)
+        stem, colon, number = method.rpartition(":")
+        run = (stem, int(number)) if colon and number.isdecimal() else (method, seed)
+        run = "".join(c if c.isprintable() else "?" for c in run[0]), run[1]
+        if not run[0] or run in seen:
+            raise InputError(f"{item!r}: method {run[0]!r} is empty or taken; name it, as in plain=FILE, or "
+                             "its trainings, as in plain:0=FILE plain:1=FILE")
+        seen.add(run)
         data = load_set(path)
         place = {name: i for i, name in enumerate(data["name"].tolist())}
         if odd := sorted(set(names) ^ set(place)):
@@ -336,7 +343,9 @@ def read_predictions(items, truth):
                              "run `python transunet.py predict` on this very set")
         if data["mask"].shape != truth["mask"].shape:
             raise InputError(f"{path}: masks {data['mask'].shape}; the set has {truth['mask'].shape}")
-        yield method, data["mask"][[place[name] for name in names]]
+        order = np.array([place[name] for name in names], int)
+        in_place = np.array_equal(order, np.arange(len(order)))         # as a rule; spares a copy
+        yield *run, data["mask"] if in_place else data["mask"][order]
 
 
 def column(head, rows, best=0, interval=False, floor=None):
@@ -367,50 +376,81 @@ def layout(columns, markdown=False):
     return [lines[0], "|---" * len(columns) + "|", *lines[1:]]
 
 
+KINDS = [(structure, metric) for structure in ("cup", "rim") for metric in (dice, iou)]
+
+
 def table(args):
     """Score prediction files against their set; print the tables, write them as CSV and as Markdown."""
-    markdown = Path(args.out).with_suffix(".md")
-    if args.seed < 0 or markdown == Path(args.out):
-        raise InputError("--seed must be at least 0, --out must not end in .md: the Markdown form does")
+    markdown = Path(args.out).with_name("tables.md")
+    if args.seed < 0 or Path(args.out).suffix == ".md":
+        raise InputError("--seed must be at least 0, --out must not end in .md: tables.md goes beside it")
     truth = load_set(args.set)
     group, names = known_groups(truth, args.attribute)
-    scores, mean = {}, {}                               # mean: of the Dice of cup and rim, each image
-    for method, mask in read_predictions(args.predictions, truth):
-        for structure in ("cup", "rim"):
-            for metric in (dice, iou):
-                scores[method, structure, metric.__name__] = metric(mask, truth["mask"], structure)
-        mean[method] = (scores[method, "cup", "dice"] + scores[method, "rim", "dice"]) / 2
-    methods, first = list(mean), next(iter(mean))
-    report = {key: fair_report(s, group, names, seed=args.seed) for key, s in scores.items()}
+    scores, seeds = {}, {}                              # scores: method, seed, structure, metric -> (N,)
+    for method, seed, mask in read_predictions(args.predictions, truth, args.seed):
+        seeds.setdefault(method, []).append(seed)
+        for structure, metric in KINDS:
+            scores[method, seed, structure, metric.__name__] = metric(mask, truth["mask"], structure)
+        cup, rim = (scores[method, seed, structure, "dice"] for structure in ("cup", "rim"))
+        scores[method, seed, "both", "dice"] = (cup + rim) / 2
+    methods, first = list(seeds), next(iter(seeds))
+    report = {run: fair_report(s, group, names, seed=args.seed) for run, s in scores.items()}
+    for method, trained in seeds.items():                # an image's score is its mean over the trainings
+        for structure, metric in [(k, m.__name__) for k, m in KINDS] + [("both", "dice")]:
+            runs = np.stack([scores[method, seed, structure, metric] for seed in trained])
+            mean = _ratio(np.nansum(runs, 0), (~np.isnan(runs)).sum(0))
+            run = method, "mean", structure, metric
+            scores[run], report[run] = mean, report[method, trained[0], structure, metric]
+            if len(trained) > 1:
+                report[run] = fair_report(mean, group, names, seed=args.seed)
 
     def pick(reports, name):                            # a group without any score has no row
         return [next((r for r in rows if r.name == name), Row(name, 0, *[np.nan] * 3)) for rows in reports]
 
+    def over_seeds(structure, name):                    # standard deviation over the trainings of each method
+        runs = [pick([report[m, seed, structure, "dice"] for seed in trained], name)
+                for m, trained in seeds.items()]
+        return [Row(name, len(r), np.std([x.value for x in r], ddof=1) if len(r) > 1 else np.nan,
+                    np.nan, np.nan) for r in runs]
+
     heads = ("method", methods, [False] * len(methods))
     present = [names[g] for g in np.unique(group) if g >= 0]
-    tables = {}
-    for structure in ("cup", "rim"):                    # the columns of Tables 2-5
-        d, j = ([report[m, structure, metric] for m in methods] for metric in ("dice", "iou"))
-        tables[f"{structure}, by {args.attribute}"] = [
-            heads, column("ES-Dice", pick(d, "es"), 1), column("Dice [95 %]", pick(d, "overall"), 1, True),
-            column("ES-IoU", pick(j, "es"), 1), column("IoU", pick(j, "overall"), 1),
-            *[column(f"{g} Dice", pick(d, g), 1) for g in present],
-            *[column(f"{g} IoU", pick(j, g), 1) for g in present]]
-    spread = [fair_report(s, group, names, seed=args.seed) for s in mean.values()]
-    sd_floor, gap_floor = zip(*(noise_floor(s, group, seed=args.seed) for s in mean.values()), strict=True)
-    paired = [[], *(compare(mean[m], mean[first], group, names, seed=args.seed) for m in methods[1:])]
-    tables[f"mean Dice of rim and cup, by {args.attribute}"] = [
-        heads, column("Dice [95 %]", pick(spread, "overall"), 1, True),
-        column("worst group", pick(spread, "worst"), 1),
-        column("gap (by chance)", pick(spread, "gap"), -1, floor=gap_floor),
-        column("SD (by chance)", pick(spread, "sd"), -1, floor=sd_floor), column("p", pick(spread, "p")),
-        column(f"Dice - {first} [95 %]", pick(paired, "overall"), interval=True),
-        column(f"worst - {first} [95 %]", pick(paired, "worst"), interval=True)]
+    tables, several = {}, max(map(len, seeds.values())) > 1
+    for structure, title in (("cup", "cup"), ("rim", "rim"), ("both", "mean Dice of rim and cup")):
+        d = [report[m, "mean", structure, "dice"] for m in methods]
+        if structure != "both":                         # the columns of Tables 2-5
+            j = [report[m, "mean", structure, "iou"] for m in methods]
+            tables[f"{title}, by {args.attribute}"] = [
+                heads, column("ES-Dice", pick(d, "es"), 1),
+                column("Dice [95 %]", pick(d, "overall"), 1, interval=True),
+                column("ES-IoU", pick(j, "es"), 1), column("IoU", pick(j, "overall"), 1),
+                *[column(f"{g} Dice", pick(d, g), 1) for g in present],
+                *[column(f"{g} IoU", pick(j, g), 1) for g in present]]
+            title = f"Dice of {structure}"
+        mine = [scores[m, "mean", structure, "dice"] for m in methods]
+        sd_floor, gap_floor = zip(*(noise_floor(s, group, seed=args.seed) for s in mine), strict=True)
+        paired = [[], *(compare(s, mine[0], group, names, seed=args.seed) for s in mine[1:])]
+        eq1 = [r._replace(value=1000 * r.value) for r in pick(d, "eq1")]
+        tables[f"{title}, by {args.attribute}"] = [
+            heads, column("Dice [95 %]", pick(d, "overall"), 1, interval=True),
+            column("worst group", pick(d, "worst"), 1),
+            column("gap (by chance)", pick(d, "gap"), -1, floor=gap_floor),
+            column("SD (by chance)", pick(d, "sd"), -1, floor=sd_floor),
+            column("1000 x Eq. 1", eq1, 1), column("p", pick(d, "p")),
+            column(f"Dice - {first} [95 %]", pick(paired, "overall"), interval=True),
+            column(f"worst - {first} [95 %]", pick(paired, "worst"), interval=True)]
+        if several:
+            tables[f"{title}, by {args.attribute}"] += [
+                column("Dice, SD over seeds", over_seeds(structure, "overall")),
+                column("worst, SD over seeds", over_seeds(structure, "worst"))]
 
     sizes = ", ".join(f"{name} {np.count_nonzero(group == g)}" for g, name in enumerate(names))
     notes = [f"{len(group)} images: {sizes}, unknown {np.count_nonzero(group < 0)}.",
              "ES = overall / (1 + SD of the group means). By chance: the mean under permuted group labels. "
-             "p: permutation of the labels, statistic SD."]
+             "p: permutation of the labels, statistic SD. Intervals are over images."]
+    if several:
+        notes += ["An image's score is its mean over a method's trainings, of which there are " +
+                  ", ".join(f"{len(trained)} of {m}" for m, trained in seeds.items()) + "."]
     if any(name.startswith("phantom-") for name in truth["name"].tolist()):
         notes += ["Phantom images: a caricature for teaching and testing, no medical evidence."]
     text = []
@@ -423,9 +463,10 @@ def table(args):
     with replacing(args.out) as path, open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow("attribute method seed structure metric group value lo hi n".split())
-        for (method, structure, metric), rows in report.items():
-            writer.writerows([args.attribute, method, args.seed, structure, metric, r.name,
-                              *(f"{x:.6g}" for x in r[2:]), r.n] for r in rows)      # Eq. 1 can be 1e-6
+        for (method, seed, structure, metric), rows in report.items():
+            if structure != "both" and (seed != "mean" or len(seeds[method]) > 1):
+                writer.writerows([args.attribute, method, seed, structure, metric, r.name,
+                                  *(f"{x:.6g}" for x in r[2:]), r.n] for r in rows)      # Eq. 1 can be 1e-6
 
 
 def main(argv=None):
@@ -434,10 +475,11 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("table", help="score predictions by group")
     p.add_argument("set", metavar="SET.npz", help="the images that were predicted, with their true masks")
-    p.add_argument("predictions", metavar="[METHOD=]PRED.npz", nargs="+", help="METHOD: the stem of the file")
+    p.add_argument("predictions", metavar="[METHOD[:SEED]=]PRED.npz", nargs="+",
+                   help="METHOD: the stem of the file; SEED: of its training")
     p.add_argument("--attribute", choices=[*ATTRIBUTES, "age"], default="race", help="the groups to compare")
-    p.add_argument("--out", default="results.csv", help="CSV file; the Markdown form goes beside it as .md")
-    p.add_argument("--seed", type=int, default=0, help="of the resampling; also the column of that name")
+    p.add_argument("--out", default="results.csv", help="CSV file; the tables go beside it as tables.md")
+    p.add_argument("--seed", type=int, default=0, help="of the resampling, and of trainings without SEED")
     p.set_defaults(run=table)
     return run_command(parser, argv)
 

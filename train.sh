@@ -6,12 +6,22 @@
 #   SCALE=smoke bash train.sh                      every stage in 85 seconds, results meaningless
 #   DATA=path/to/fairseg bash train.sh             Harvard-FairSeg files instead of the phantom
 #   ATTRIBUTE=gender OUT=out-gender SEED=1 bash train.sh
+#   ATTRIBUTE=all OUT=out-all bash train.sh        Tables 2-5: one run an attribute, plain and judge trained once
+#   METHODS=all SEEDS="0 1 2" bash train.sh        every row of the tables, each TransUNet trained three times
 #
 # The same command again skips complete stages and continues an interrupted one.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 SCALE=${SCALE:-} ATTRIBUTE=${ATTRIBUTE:-race} DATA=${DATA:-} OUT=${OUT:-out} SEED=${SEED:-0}
+METHODS=${METHODS:-plain oversample equal oracle} SEEDS=${SEEDS:-$SEED} SHARED=${SHARED:-$OUT}
+rows="plain oversample adv groupdro fairseg equal synthetic-only oracle"
+attributes="race gender ethnicity language maritalstatus age"
 die() { echo "train.sh: $1" >&2; exit 2; }
+among() { case " $2 " in *" $1 "*) ;; *) die "$3=$1: expected all or any of $2" ;; esac }
+[ "$METHODS" != all ] || METHODS=$rows
+for row in $METHODS; do among "$row" "$rows" METHODS; done
+[ "$ATTRIBUTE" = all ] || among "$ATTRIBUTE" "$attributes" ATTRIBUTE
+case $SEEDS$SEED in *[!0-9\ ]*) die "SEED=$SEED SEEDS=$SEEDS: expected whole numbers from 0" ;; esac
 
 has_packages() { "$1" -c 'import importlib.util as u, sys
 sys.exit(not all(map(u.find_spec, ("torch", "numpy", "scipy", "PIL", "tqdm"))))' 2>/dev/null; }
@@ -43,7 +53,7 @@ case $SCALE in
          draw_points=100 draw_images=50 points_flags="--points 512 --lr 1e-4" seg_flags="--base --optimizer sgd" ;;
   *) die "SCALE=$SCALE: expected smoke, cpu, gpu or paper" ;;
 esac
-echo "SCALE=$SCALE ($why) ATTRIBUTE=$ATTRIBUTE SEED=$SEED OUT=$OUT DATA=${DATA:-phantom}"
+echo "SCALE=$SCALE ($why) ATTRIBUTE=$ATTRIBUTE SEED=$SEED OUT=$OUT DATA=${DATA:-phantom} METHODS=$METHODS SEEDS=$SEEDS"
 
 log=$OUT/log
 mkdir -p "$log" 2>/dev/null || die "OUT=$OUT: cannot make this folder"
@@ -51,25 +61,35 @@ export PYTHONUNBUFFERED=1
 stage() {                                               # stage NAME FILE.py ARGUMENTS...: run once, keep its log
   local name=$1 file=$2 started=$SECONDS; shift 2
   if [ -f "$log/$name.done" ]; then
-    [ "$(sed -n 2p "$log/$name.done")" = "$file $*" ] ||
+    if [ "$(sed -n 2p "$log/$name.done")" = "$file $*" ]; then echo "== $name: complete, skipped"; return; fi
+    [ $name = table ] ||                                # METHODS and SEEDS may grow
       die "$OUT holds stage $name of another configuration: choose another OUT, or remove $OUT"
-    echo "== $name: complete, skipped"; return
   fi
   echo "== $name: $file $*"
   "$python" "$here/$file" "$@" | tee "$log/$name.txt"
   printf '%s\n%s\n' "$((SECONDS - started))" "$file $*" > "$log/$name.done.part"
   mv "$log/$name.done.part" "$log/$name.done"
 }
-real=$OUT/data/train.npz testset=$OUT/data/test.npz rows="" seed="--seed $SEED" group="--attribute $ATTRIBUTE"
+once() { local log=$SHARED/log; stage "$@"; }           # what the attributes share
+
+if [ "$ATTRIBUTE" = all ]; then
+  for a in $attributes; do SHARED=$OUT SCALE=$SCALE ATTRIBUTE=$a OUT=$OUT/$a bash "$here/train.sh"; done
+  gather() { for a in $attributes; do cat "$OUT/$a/$1"; done > "$OUT/$2"; }
+  for f in mix agree table; do gather log/$f.txt log/$f.txt; done
+  gather tables.md tables.md
+  gather results.csv results.part && awk 'NR == 1 || !/^attribute,/' "$OUT/results.part" > "$OUT/results.csv"
+  rm "$OUT/results.part"
+  "$python" "$here/fairdiff.py" report "$OUT"; exit
+fi
+real=$SHARED/data/train.npz testset=$SHARED/data/test.npz seed="--seed $SEED" group="--attribute $ATTRIBUTE"
 
 # 1. The data. The oracle's set is real, balanced and of the same size: the most that synthesis could buy.
-if [ -n "$DATA" ]; then stage data fairdiff.py fairseg "$DATA" --out "$OUT/data" --size $size
+if [ -n "$DATA" ]; then
+  once data fairdiff.py fairseg "$DATA" --out "$SHARED/data" --size $size
+  METHODS=${METHODS/oracle/}                            # only the phantom has as many real patients as we like
 else
-  stage data fairdiff.py phantom --out "$OUT/data" --train $train --test $test --size $size $seed
-  if [ "$ATTRIBUTE" != age ]; then
-    rows=oracle
-    stage oracle-data fairdiff.py phantom --out "$OUT/oracle" --train $train --test 0 --size $size $seed --balance "$ATTRIBUTE"
-  fi
+  once data fairdiff.py phantom --out "$SHARED/data" --train $train --test $test --size $size $seed
+  stage oracle-data fairdiff.py phantom --out "$OUT/oracle" --train $train --test 0 --size $size $seed --balance "$ATTRIBUTE"
 fi
 # 2. Points to masks (Section 2.2).
 stage points pointdiff.py train "$real" $group --steps $points --batch $points_batch $points_flags $seed --out "$OUT/points.pt"
@@ -81,21 +101,32 @@ stage control controlnet.py train-control "$real" "$OUT/base.pt" --steps $contro
 stage synthetic controlnet.py sample "$OUT/control.pt" "$OUT/masks.npz" --steps $draw_images $seed --out "$OUT/synthetic.npz"
 # 4. Equal Scale (Section 2.4).
 stage mix fairdiff.py mix "$real" "$OUT/synthetic.npz" $group $seed --out "$OUT/mixed.npz"
-# 5. TransUNet on each training set (Section 3), and a judge of another width and seed that only reports.
+# 5. TransUNet, every row for the same number of steps (Section 3), and a judge of another width and seed that
+#    only reports.
 predictions=()
-for row in plain oversample equal $rows; do
-  method=plain set=$real
-  case $row in oversample) method=oversample ;; equal) set=$OUT/mixed.npz ;; oracle) set=$OUT/oracle/train.npz ;; esac
-  stage $row transunet.py train "$set" --method $method $group --steps $seg --batch $seg_batch $seg_flags $seed --out "$OUT/$row.pt"
-  stage predict-$row transunet.py predict "$OUT/$row.pt" "$testset" --out "$OUT/pred/$row.npz"
-  predictions+=("$OUT/pred/$row.npz")
+for row in $METHODS; do
+  method=plain set=$real knows=$group at=$OUT run=stage
+  case $row in
+    plain) knows="" at=$SHARED run=once ;;
+    equal) set=$OUT/mixed.npz ;;
+    synthetic-only) set=$OUT/synthetic.npz ;;           # as many images as the real set, groups equal
+    oracle) set=$OUT/oracle/train.npz ;;
+    *) method=$row ;;
+  esac
+  for s in $SEEDS; do
+    name=$row; [ $s = $SEED ] || name=$row-$s
+    $run $name transunet.py train "$set" --method $method $knows --steps $seg --batch $seg_batch $seg_flags --seed $s --out "$at/$name.pt"
+    $run predict-$name transunet.py predict "$at/$name.pt" "$testset" --out "$at/pred/$name.npz"
+    predictions+=("$row:$s=$at/pred/$name.npz")
+  done
 done
-stage judge transunet.py train "$real" --method oversample $group --width 24 --steps $seg --batch $seg_batch \
-  --seed $((SEED + 1000)) --out "$OUT/judge.pt"
+knows=$group; [ "$SHARED" = "$OUT" ] || knows=""        # the shared judge knows race
+once judge transunet.py train "$real" --method oversample $knows --width 24 --steps $seg --batch $seg_batch \
+  --seed $((SEED + 1000)) --out "$SHARED/judge.pt"
 # 6. The figures.
-stage agree controlnet.py agree "$OUT/judge.pt" "$OUT/synthetic.npz" "$testset" $group --out "$OUT/agreement.csv"
+stage agree controlnet.py agree "$SHARED/judge.pt" "$OUT/synthetic.npz" "$testset" $group --out "$OUT/agreement.csv"
 stage table fairness.py table "$testset" "${predictions[@]}" $group --out "$OUT/results.csv"
-stage report fairdiff.py report "$OUT"
+"$python" "$here/fairdiff.py" report "$OUT"
 
 for f in mix agree table; do echo; cat "$log/$f.txt"; done
 echo; echo "pictures:"; find "$OUT" -name '*.png' | sort

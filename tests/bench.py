@@ -4,8 +4,11 @@ GFLOP/s are counted by torch.utils.flop_counter and compared with the fastest ma
 run. Nothing here is asserted: timings depend on the machine and on what else it does.
 """
 import argparse
+import contextlib
+import io
 import pathlib
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -15,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import controlnet  # noqa: E402
 import fairdiff  # noqa: E402
+import fairness  # noqa: E402
 import pointdiff  # noqa: E402
 import transunet  # noqa: E402
 
@@ -87,6 +91,19 @@ def main():
     there, back = (middle - start) / 100, (time.perf_counter() - middle) / 100
     print(f"{f'mask to points, {s} px':<44}{1 / there:>12.1f}{1e3 * there:>10.1f}")
     print(f"{f'points to mask, {s} px':<44}{1 / back:>12.1f}{1e3 * back:>10.1f}")
+
+    with tempfile.TemporaryDirectory() as folder:       # the whole command: reading, both structures, all tables
+        drawn = fairdiff.make_phantom(100, 224, 0)
+        data = fairdiff.make_phantom(2000, 32, 0)       # for its attributes
+        for key in ("image", "mask"):
+            data[key] = np.concatenate([np.roll(drawn[key], i, 2) for i in range(20)])
+        fairdiff.save_set(f"{folder}/set.npz", data)
+        fairdiff.save_set(f"{folder}/plain.npz", data | {"mask": np.roll(data["mask"], 4, 1)})
+        start = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            fairness.main(["table", f"{folder}/set.npz", f"{folder}/plain.npz", "--out", f"{folder}/results.csv"])
+        s2000 = time.perf_counter() - start
+    print(f"{'fairness.py table, 2,000 images, 224 px':<44}{2000 / s2000:>12.1f}{1e3 * s2000:>10.1f}")
 
     x, g = torch.randn(48, 512, 3, device=device), torch.zeros(48, dtype=torch.long, device=device)
     for n in (512, 256):

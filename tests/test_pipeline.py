@@ -56,7 +56,7 @@ def smoke(copy):
 def test_smoke_run_holds_the_whole_experiment(smoke):
     """Every file is there, the results cover all rows, synthetic groups are equal after mixing."""
     out, printed = smoke
-    for name in ("masks.npz", "synthetic.npz", "mixed.npz", "results.csv", "results.md", "agreement.csv",
+    for name in ("masks.npz", "synthetic.npz", "mixed.npz", "results.csv", "tables.md", "agreement.csv",
                  "report.html", "synthetic.npz.png"):
         assert (out / name).stat().st_size > 0, name
         assert name in printed or not name.endswith(".png")
@@ -118,6 +118,63 @@ def test_fairseg_files_run_the_pipeline(copy, smoke):
     assert {r["method"] for r in csv.DictReader(open(copy / "real/results.csv"))} == {"plain", "oversample", "equal"}
 
 
+STUB = """#!/bin/sh
+[ "$1" = -c ] && exit 0
+shift_out() { while [ "$1" != --out ]; do shift; done; echo "$2"; }
+echo "$(basename "$1") $(echo "$@" | cut -d' ' -f2-)" >> "$CALLS"
+if [ "$2" = table ]; then out=$(shift_out "$@"); echo "attribute,x" > "$out"; echo "${out%/*},1" >> "$out"
+  echo "# $out" > "${out%/*}/tables.md"; fi
+"""
+
+
+@pytest.fixture
+def calls(copy, tmp_path, monkeypatch):
+    """train.sh over a python3 that only notes what it is called with; returns the lines of a run."""
+    (tmp_path / "python3").write_text(STUB)
+    (tmp_path / "python3").chmod(0o755)
+    monkeypatch.setenv("SHIM", str(tmp_path))
+    shutil.copy(ROOT / "train.sh", tmp_path)
+
+    def run(**env):
+        (tmp_path / "calls").write_text("")
+        process = train_sh(tmp_path, CALLS=str(tmp_path / "calls"), **env)
+        assert process.wait() == 0, process.stderr.read()
+        return (tmp_path / "calls").read_text().splitlines()
+    return run
+
+
+def test_all_attributes_share_data_plain_and_judge(calls, tmp_path):
+    """ATTRIBUTE=all: six runs, what knows no attribute is trained once and scored six times; again: all skipped."""
+    lines = calls(ATTRIBUTE="all", METHODS="plain adv", SEEDS="0 4")
+    trained = [line.split(" --out ")[1] for line in lines if line.startswith("transunet.py train")]
+    assert len(trained) == len(set(trained)) == 2 + 1 + 6 * 2
+    assert [t for t in trained if t.count("/") == 1] == ["out/plain.pt", "out/plain-4.pt", "out/judge.pt"]
+    tables = [line for line in lines if line.startswith("fairness.py table out/data/test.npz")]
+    assert len(tables) == 6 and all("plain:0=out/pred/plain.npz plain:4=out/pred/plain-4.npz" in t for t in tables)
+    assert "adv:4=out/age/pred/adv-4.npz" in tables[-1] and "--attribute age --out out/age/results.csv" in tables[-1]
+    assert [line for line in lines if line.startswith("fairdiff.py phantom --out out/data")][1:] == []
+    assert (tmp_path / "out/results.csv").read_text().splitlines()[:3] == ["attribute,x", "out/race,1", "out/gender,1"]
+    assert len((tmp_path / "out/tables.md").read_text().splitlines()) == 6
+    again = calls(ATTRIBUTE="all", METHODS="plain adv", SEEDS="0 4")
+    assert {line.split()[1] for line in again} == {"report"}
+
+
+def test_rows_and_seeds_may_grow(calls):
+    """A run with more METHODS or SEEDS into the same OUT trains only what is new, then prints the table anew."""
+    first = calls()
+    more = [line for line in calls(METHODS="plain adv", SEEDS="0 1") if "report" not in line]
+    assert sum(line.startswith("transunet.py train") for line in first) == 5 and len(more) == 7
+    assert [m.split(" --out ")[1] for m in more if "transunet.py train" in m] == ["out/plain-1.pt", "out/adv.pt", "out/adv-1.pt"]
+
+
+@pytest.mark.parametrize("name, value", [("METHODS", "plain magic"), ("ATTRIBUTE", "zodiac"), ("SEEDS", "0 x")])
+def test_bad_dials_are_refused_at_once(copy, name, value):
+    """Exit code 2 and one line before anything is made."""
+    run = train_sh(copy, OUT="none", **{name: value})
+    err = run.communicate()[1]
+    assert run.returncode == 2 and name in err and len(err.splitlines()) == 1 and not (copy / "none").exists()
+
+
 @pytest.fixture
 def bad(tmp_path, phantom, monkeypatch):
     """A folder with one good set and all sorts of bad files; the working directory."""
@@ -150,6 +207,8 @@ BAD = [
     (pointdiff, "score nowhere.pt set.npz set.npz", "pointdiff.py train"),
     (transunet, "train nowhere.npz", "fairdiff.py phantom"), (transunet, "train shape.npz", "but mask"),
     (transunet, "train odd.npz", "divisible by 16"), (transunet, "train set.npz --method magic", "invalid choice"),
+    (transunet, "train set.npz --method adv --strength -1", "--strength"), (transunet, "train set.npz --val 1", "--val"),
+    (transunet, "train norace.npz --method groupdro", "known race"),
     (transunet, "predict nowhere.pt set.npz", "transunet.py train"), (transunet, "predict kind.pt set.npz", "other"),
     (controlnet, "train-base key.npz", "no array 'image'"), (controlnet, "train-base odd.npz", "divisible by 8"),
     (controlnet, "train-control set.npz nowhere.pt", "train-base"), (controlnet, "sample kind.pt set.npz", "control"),

@@ -2,10 +2,22 @@
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 import fairdiff
 import transunet
-from transunet import TransUNet, augment, method_weights, seg_loss
+from transunet import (
+    Fair,
+    Reverse,
+    TransUNet,
+    adversary_loss,
+    augment,
+    fairseg_loss,
+    groupdro_loss,
+    image_loss,
+    method_weights,
+    seg_loss,
+)
 
 
 def test_base_has_the_published_number_of_parameters():
@@ -32,6 +44,69 @@ def test_loss_against_a_hand_computed_batch():
     assert torch.allclose(seg_loss(torch.zeros(1, 3, 1, 3), mask), torch.tensor(0.5 * np.log(3) + 0.5 * dice).float())
     sure = 50.0 * torch.nn.functional.one_hot(mask, 3).movedim(-1, 1).float()
     assert seg_loss(sure, mask) < 1e-4
+
+
+def test_image_loss_is_the_loss_of_each_image_alone():
+    """What the fair methods compare: seg_loss of batches of one."""
+    logits, mask = torch.randn(4, 3, 5, 6), torch.randint(3, (4, 5, 6))
+    alone = torch.stack([seg_loss(logits[i:i + 1], mask[i:i + 1]) for i in range(4)])
+    assert torch.allclose(image_loss(logits, mask), alone, atol=1e-6)
+
+
+def test_groupdro_by_hand():
+    """Groups 0 and 1 are there, 2 is absent, the last image unknown: q_2 stays, q_0 + q_1 stays, worse weighs more."""
+    losses, group = torch.tensor([0.1, 0.5, 0.8, 0.9], requires_grad=True), torch.tensor([0, 0, 1, -1])
+    loss, q = groupdro_loss(losses, group, torch.tensor([0.2, 0.3, 0.5]), rate=2.0)
+    a, b = 0.2 * np.exp(2 * 0.3), 0.3 * np.exp(2 * 0.8)
+    assert loss.item() == pytest.approx((3 * (a * 0.3 + b * 0.8) / (a + b) + 0.9) / 4)
+    assert q.tolist() == pytest.approx([0.5 * a / (a + b), 0.5 * b / (a + b), 0.5]) and not q.requires_grad
+    loss.backward()
+    assert losses.grad.tolist() == pytest.approx([3 / 8 * a / (a + b)] * 2 + [3 / 4 * b / (a + b), 0.25])
+    loss, q = groupdro_loss(losses, torch.full((4,), -1), torch.tensor([0.2, 0.3, 0.5]), rate=2.0)
+    assert loss.item() == pytest.approx(losses.mean().item()) and q.tolist() == pytest.approx([0.2, 0.3, 0.5])
+
+
+@pytest.mark.parametrize("group", [[0, 0, 1, -1], [1, 1, 1, 1], [-1, -1, -1, -1], [2, 0, 1, 1]])
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.5])
+def test_fairseg_against_a_loop(group, gamma):
+    """Scale, Dice and cross-entropy of four images of three pixels summed up one by one, with absent and unknown."""
+    p = np.random.default_rng(0).dirichlet(np.ones(3), (4, 3))          # (B, pixels, K)
+    mask = np.array([[0, 1, 2], [0, 0, 2], [1, 1, 1], [2, 0, 1]])
+    true = np.eye(3)[mask]
+
+    def dice_loss(p, true):
+        return 1 - (2 * (p * true).sum() + 1e-5) / ((p ** 2).sum() + true.sum() + 1e-5)
+
+    each = [np.mean([dice_loss(p[i, :, k], true[i, :, k]) for k in range(3)]) for i in range(4)]
+    error = {g: np.mean([e for e, h in zip(each, group, strict=True) if h == g]) for g in set(group) if g >= 0}
+    scale = [np.tanh((min(error.values()) / error[g]) ** gamma) if g >= 0 else np.tanh(1) for g in group]
+    small = p * np.array(scale)[:, None, None]
+    want = 0.5 * np.mean([dice_loss(small[..., k], true[..., k]) for k in range(3)]) - 0.5 * np.log(p[true == 1]).mean()
+    logits = torch.tensor(np.log(p)).movedim(-1, 1)[:, :, None].float().requires_grad_()              # (B, K, 1, 3)
+    loss = fairseg_loss(logits, torch.tensor(mask)[:, None], torch.tensor(group), 3, gamma)
+    assert loss.item() == pytest.approx(want, rel=1e-5)
+    loss.backward()
+    assert logits.grad.isfinite().all() and (logits.grad.abs().sum((1, 2, 3)) > 0).all()    # nobody is scaled to 0
+
+
+def test_adversary_by_hand():
+    """Weighted cross-entropy over the known, the unknown count 0; the reversal turns the encoder's gradient alone."""
+    guess, group = torch.tensor([[2.0, 0, 1], [0, 1, 0], [5, 0, 0]]).log_softmax(1), torch.tensor([0, 2, -1])
+    loss = adversary_loss(guess, group, torch.tensor([1.5, 9, 0.5]))
+    assert loss.item() == pytest.approx(-(1.5 * guess[0, 0] + 0.5 * guess[1, 2]).item() / 3)
+    assert adversary_loss(guess, torch.full((3,), -1), torch.ones(3)) == 0
+    x, w = torch.tensor([1.0, 2], requires_grad=True), torch.tensor([3.0, 4], requires_grad=True)
+    (Reverse.apply(x, 0.5) * w).sum().backward()
+    assert x.grad.tolist() == [-1.5, -2] and w.grad.tolist() == [1, 2]
+
+
+def test_state_of_a_fair_method():
+    """A group nobody belongs to has no weight; balanced accuracy is the mean recall of the groups seen so far."""
+    fair = Fair("adv", torch.tensor([10, 0, 30]), dim=4)
+    assert fair.q.tolist() == [0.5, 0, 0.5] and fair.weight[[0, 2]].tolist() == pytest.approx([2, 2 / 3])
+    guess = torch.eye(3)[[0, 2, 0, 2, 1]]
+    assert fair.watch(guess, torch.tensor([0, 0, 2, 2, -1])).item() == pytest.approx(0.5)
+    assert fair.watch(guess[:2], torch.tensor([0, 2])).item() > 0.6      # both right
 
 
 def test_augment_moves_image_and_mask_together():
@@ -86,9 +161,10 @@ def test_every_parameter_gets_a_gradient():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in net.named_parameters() if ".k.bias" not in n)
 
 
-def train(set_file, out, steps, monkeypatch=None, kill_at=None):
+def train(set_file, out, steps, monkeypatch=None, kill_at=None, method="plain"):
     """Run the command; with kill_at the process 'dies' in that step, after the checkpoint of an earlier one."""
-    argv = ["train", set_file, "--out", str(out), "--steps", str(steps), "--batch", "4", "--width", "8", "--seed", "3"]
+    argv = ["train", set_file, "--out", str(out), "--steps", str(steps), "--batch", "4", "--width", "8", "--seed", "3",
+            "--method", method]
     if kill_at is None:
         return transunet.main(argv)
     real, calls = transunet.augment, []
@@ -104,16 +180,25 @@ def train(set_file, out, steps, monkeypatch=None, kill_at=None):
     return code
 
 
-def test_killed_and_resumed_equals_unbroken(set_file, tmp_path, monkeypatch):
-    """Interrupted after a checkpoint and run again, training ends bit for bit where it would have ended."""
+@pytest.mark.parametrize("method", transunet.METHODS)
+def test_killed_and_resumed_equals_unbroken(phantom, tmp_path, monkeypatch, capsys, method):
+    """Interrupted after a checkpoint and run again, training ends bit for bit where it would have ended: weights
+    and what the method remembers. Half of the patients are of unknown race, nobody is White."""
+    race = np.where(phantom["race"] == 2, -1, phantom["race"])
+    race[::2] = -1
+    set_file = str(tmp_path / "set.npz")
+    fairdiff.save_set(set_file, phantom | {"race": race})
     monkeypatch.setattr(transunet, "SAVE_EVERY", 4)
-    assert train(set_file, tmp_path / "a.pt", 10) == 0
-    assert train(set_file, tmp_path / "b.pt", 10, monkeypatch, kill_at=6) == 130
+    assert train(set_file, tmp_path / "a.pt", 10, method=method) == 0
+    assert ("balanced accuracy" in capsys.readouterr().out) == (method == "adv")
+    assert train(set_file, tmp_path / "b.pt", 10, monkeypatch, 6, method) == 130
     assert fairdiff.load_checkpoint(tmp_path / "b.pt")["step"] == 4
-    assert train(set_file, tmp_path / "b.pt", 10) == 0
+    assert train(set_file, tmp_path / "b.pt", 10, method=method) == 0
     a, b = (fairdiff.load_checkpoint(tmp_path / n) for n in ("a.pt", "b.pt"))
     for part in ("model", "ema"):
         assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
+    out = tmp_path / "pred.npz"                                         # the adversary is no part of the segmenter
+    assert transunet.main(["predict", str(tmp_path / "a.pt"), set_file, "--out", str(out)]) == 0
 
 
 def test_checkpoint_of_another_run_is_not_overwritten(set_file, tmp_path, capsys):
@@ -181,4 +266,31 @@ def test_load_npz_fills_stem_and_transformer(tmp_path):
     del file["embedding/bias"]
     np.savez(tmp_path / "vit.npz", **file)
     with pytest.raises(fairdiff.InputError, match="embedding/bias"):
+        net.load_npz(tmp_path / "vit.npz")
+
+
+@pytest.mark.parametrize("grid", [2, 4, 6])
+def test_positions_on_another_grid(tmp_path, grid):
+    """Interpolated when the file is read or in each forward is the same; corners stay corners, as in ndimage.zoom."""
+    file, _ = google_names(TransUNet(width=8))
+    np.savez(tmp_path / "vit.npz", **file)
+    nets = [TransUNet(width=8, grid=g).eval() for g in (4, grid)]
+    nets[1].load_state_dict({k: v for k, v in nets[0].state_dict().items() if k != "position"}, strict=False)
+    for net in nets:
+        net.load_npz(tmp_path / "vit.npz")
+    x = torch.rand(1, 1, 16 * grid, 16 * grid)
+    assert torch.allclose(*(net(x) for net in nets), atol=1e-5)
+    there = file["Transformer/posembed_input/pos_embedding"][0, 1:].reshape(4, 4, 128)
+    zoomed = ndimage.zoom(there, (grid / 4, grid / 4, 1), order=1)      # what the original does
+    assert np.allclose(nets[1].position[0].detach().permute(1, 2, 0), zoomed, atol=1e-5)
+
+
+@pytest.mark.parametrize("key, shape", [("conv_root/kernel", (7, 7, 3, 9)), ("embedding/bias", (5,)), (None, None)])
+def test_load_npz_refuses_other_files(tmp_path, key, shape):
+    """A wrong shape, or no file at all, is one line that names file and key."""
+    net = TransUNet(width=8)
+    file, _ = google_names(net)
+    if key:
+        np.savez(tmp_path / "vit.npz", **file | {key: np.zeros(shape, np.float32)})
+    with pytest.raises(fairdiff.InputError, match=f"vit.npz: {key or 'not the R50'}"):
         net.load_npz(tmp_path / "vit.npz")
