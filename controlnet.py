@@ -251,9 +251,11 @@ def train(args):
         # Unit variance, as the schedule assumes: scaled to [-1, 1] grey images would drown in noise early.
         x0, cond = (image[index, None].float() - config["mean"]) / config["std"], (group[index].long(),)
         focus = torch.ones(())
-        if control:                                                     # the labelled part counts fivefold
-            cond += (mask[index].long(),)
-            focus = 1 + 4 * F.max_pool2d((cond[1] > 0).float(), 9, 1, 4)[:, None]
+        if control:                             # the labelled part counts fivefold, a small cup no less than
+            cond += (mask[index].long(),)       # a large one: 5 times, shared among its pixels (5 % is usual)
+            disc, cup = ((cond[1] >= label).float()[:, None] for label in (1, 2))
+            share = 0.05 / cup.mean((1, 2, 3), keepdim=True).clamp(min=0.005)
+            focus = 1 + 4 * F.max_pool2d(disc, 9, 1, 4) + 5 * share * F.max_pool2d(cup, 5, 1, 2)
         if torch.rand(()) < 0.5:                                        # left and right eyes are mirrored
             x0, focus, *cond = (a.flip(-1) if a.ndim > 2 else a for a in (x0, focus, *cond))
         with autocast(device, dtype):
@@ -268,7 +270,7 @@ def train(args):
             bar.set_postfix(loss=f"{log[-1][1]:.3f}")
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
             save_training(args.out, config, net, ema, optimizer, step + 1, log)
-            if reader:
+            if reader and ((step + 1) % (2 * SAVE_EVERY) == 0 or step + 1 == args.steps):
                 made, real = read_along(reader, net, ema, ddpm, config, data, code, device, dtype)
                 bar.write(f"control, step {step + 1}: the reader's Dice is {made:.3f} on generated images, "
                           f"{real:.3f} on the real ones of these masks", file=sys.stdout)
@@ -283,7 +285,7 @@ def read_along(reader, net, ema, ddpm, config, data, code, device, dtype):
     now = {k: v.clone() for k, v in net.state_dict().items()}
     net.load_state_dict(ema.state)
     mask = data["mask"][rows]
-    made = sample_images(net, ddpm, config, code[rows], mask, mask.shape[1:], 12,
+    made = sample_images(net, ddpm, config, code[rows], mask, mask.shape[1:], 10,
                          torch.Generator(device).manual_seed(0), dtype)
     net.load_state_dict(now)
     net.train()
@@ -557,7 +559,7 @@ def main(argv=None):
         p.add_argument("--out", default="base.pt" if command == "train-base" else "control.pt",
                        help="checkpoint; an interrupted training continues from it")
         p.add_argument("--steps", type=int, default=500, help="optimizer steps")
-        p.add_argument("--batch", type=int, default=16, help="images a step")
+        p.add_argument("--batch", type=int, default=8, help="images a step")
         p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
         p.add_argument("--seed", type=int, default=0, help="draws weights, batches, times and noise")
         p.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -566,7 +568,7 @@ def main(argv=None):
     p.add_argument("checkpoint", help="what train-control wrote")
     p.add_argument("masks", help="dataset .npz of masks")
     p.add_argument("--out", default="synthetic.npz", help="the same rows with images")
-    p.add_argument("--steps", type=int, default=12, help="sampler steps")
+    p.add_argument("--steps", type=int, default=10, help="sampler steps")
     p.add_argument("--guidance", type=float, default=GUIDANCE, help="how far beyond the mask's bare word")
     p.add_argument("--seed", type=int, default=0, help="draws the noise")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -588,7 +590,7 @@ def main(argv=None):
     p.add_argument("test", help="real test dataset .npz: held-out images")
     p.add_argument("--n", type=int, default=100, help="images a group at most, the same number in each")
     p.add_argument("--inception", help="TorchScript Inception for FID; this *runs* the file's program")
-    p.add_argument("--steps", type=int, default=12, help="sampler steps")
+    p.add_argument("--steps", type=int, default=10, help="sampler steps")
     p.add_argument("--guidance", type=float, default=GUIDANCE, help="how far beyond the mask's bare word")
     p.add_argument("--out", default="table1.csv", help="the table; a picture is written beside it")
     p.add_argument("--seed", type=int, default=0, help="draws images and noise")

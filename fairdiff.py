@@ -664,7 +664,8 @@ def save_sheet(path, rows, labels, zoom=2, note=""):
 
 STAGES = (("data", "The data"), ("masks", "Masks drawn"), ("base", "The base UNet"),
           ("control", "The ControlNet"), ("synthetic", "Images painted over the masks"),
-          ("mixed", "Equal Scale"), ("plain", "TransUNet on the real set"))
+          ("table1", "One mask, several images"), ("mixed", "Equal Scale"),
+          ("plain", "TransUNet on the real set"))
 
 
 def report(args):
@@ -682,6 +683,7 @@ def report(args):
         parts += [f"<p><img alt='{html.escape(title)}' src='data:image/png;base64,"
                   f"{base64.b64encode(p.read_bytes()).decode()}'>" for p in pictures]
     for name, title in (("mix", "Equal Scale, Eq. 6"), ("agree", "Agreement of images and masks"),
+                        ("quality", "Table 1: how like real images"),
                         ("table", "Dice, IoU, ES-Dice, ES-IoU")):
         path = out / "log" / f"{name}.txt"
         text = path.read_text(errors="replace") if path.exists() else "This stage has not run."

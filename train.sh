@@ -43,8 +43,8 @@ case $SCALE in
          points=200 points_batch=16 base=20 control=20 image_batch=8 seg=20 seg_batch=8 draw_points=20 draw_images=4
          points_flags="--width 64 --lr 6e-3" draw_flags=--rough base_flags="--width 16" ;;
   cpu)   size=64 train=1000 test=2000                   # 92 patients of the rare group
-         points=2800 points_batch=32 base=200 control=850 image_batch=16 seg=280 seg_batch=16
-         draw_points=32 draw_images=12 ;;
+         points=2800 points_batch=32 base=350 control=1300 image_batch=8 seg=280 seg_batch=16
+         draw_points=32 draw_images=10 ;;
   gpu)   size=128 train=8000 test=2000                  # the real data's size and proportions
          points=10000 points_batch=48 base=3000 control=6000 image_batch=48 seg=3000 seg_batch=48
          draw_points=100 draw_images=50 points_flags="--points 512" seg_flags="--optimizer sgd" ;;
@@ -75,7 +75,7 @@ once() { local log=$SHARED/log; stage "$@"; }           # what the attributes sh
 if [ "$ATTRIBUTE" = all ]; then
   for a in $attributes; do SHARED=$OUT SCALE=$SCALE ATTRIBUTE=$a OUT=$OUT/$a bash "$here/train.sh"; done
   gather() { for a in $attributes; do cat "$OUT/$a/$1"; done > "$OUT/$2"; }
-  for f in mix agree table; do gather log/$f.txt log/$f.txt; done
+  for f in mix agree quality table; do gather log/$f.txt log/$f.txt; done
   gather tables.md tables.md
   gather results.csv results.part && awk 'NR == 1 || !/^attribute,/' "$OUT/results.part" > "$OUT/results.csv"
   rm "$OUT/results.part"
@@ -94,10 +94,11 @@ fi
 # 2. Points to masks (Section 2.2).
 stage points pointdiff.py train "$real" $group --steps $points --batch $points_batch $points_flags $seed --out "$OUT/points.pt"
 stage masks pointdiff.py sample "$OUT/points.pt" --steps $draw_points $draw_flags $seed --out "$OUT/masks.npz"
-# 3. Masks to images (Section 2.3).
-images="--batch $image_batch $seed"
+# 3. Masks to images (Section 2.3). The plain TransUNet, the table's first row, reads some along the way.
+images="--batch $image_batch $seed" seg_args="--steps $seg --batch $seg_batch $seg_flags"
+once plain transunet.py train "$real" --method plain $seg_args $seed --out "$SHARED/plain.pt"
 stage base controlnet.py train-base "$real" $group --steps $base $base_flags $images --out "$OUT/base.pt"
-stage control controlnet.py train-control "$real" "$OUT/base.pt" --steps $control $images --out "$OUT/control.pt"
+stage control controlnet.py train-control "$real" "$OUT/base.pt" --reader "$SHARED/plain.pt" --steps $control $images --out "$OUT/control.pt"
 stage synthetic controlnet.py sample "$OUT/control.pt" "$OUT/masks.npz" --steps $draw_images $seed --out "$OUT/synthetic.npz"
 # 4. Equal Scale (Section 2.4).
 stage mix fairdiff.py mix "$real" "$OUT/synthetic.npz" $group $seed --out "$OUT/mixed.npz"
@@ -115,7 +116,7 @@ for row in $METHODS; do
   esac
   for s in $SEEDS; do
     name=$row; [ $s = $SEED ] || name=$row-$s
-    $run $name transunet.py train "$set" --method $method $knows --steps $seg --batch $seg_batch $seg_flags --seed $s --out "$at/$name.pt"
+    $run $name transunet.py train "$set" --method $method $knows $seg_args --seed $s --out "$at/$name.pt"
     $run predict-$name transunet.py predict "$at/$name.pt" "$testset" --out "$at/pred/$name.npz"
     predictions+=("$row:$s=$at/pred/$name.npz")
   done
@@ -125,10 +126,11 @@ once judge transunet.py train "$real" --method oversample $knows --width 24 --st
   --seed $((SEED + 1000)) --out "$SHARED/judge.pt"
 # 6. The figures.
 stage agree controlnet.py agree "$SHARED/judge.pt" "$OUT/synthetic.npz" "$testset" $group --out "$OUT/agreement.csv"
+stage quality controlnet.py quality "$SHARED/judge.pt" "$OUT/base.pt" "$OUT/control.pt" "$OUT/synthetic.npz" "$real" "$testset" --steps $draw_images $seed --out "$OUT/table1.csv"
 stage table fairness.py table "$testset" "${predictions[@]}" $group --out "$OUT/results.csv"
 "$python" "$here/fairdiff.py" report "$OUT"
 
-for f in mix agree table; do echo; cat "$log/$f.txt"; done
+for f in mix agree quality table; do echo; cat "$log/$f.txt"; done
 echo; echo "pictures:"; find "$OUT" -name '*.png' | sort
 echo "seconds:"
 for f in "$log"/*.done; do printf '%7s %s\n' "$(sed -n 1p "$f")" "$(basename "$f" .done)"; done | sort -n

@@ -121,8 +121,8 @@ def main():
     both(f"ControlNet, step of {b}, {s} px", lambda: controlnet.ControlNet(controlnet.UNet(3, patch=patch)),
          lambda n: ddpm.loss(n, image, group, mask), b)
     painter = controlnet.ControlNet(controlnet.UNet(3, patch=patch)).to(device, memory_format=torch.channels_last)
-    row(f"ControlNet, sampling {b}, {s} px, 12 steps", lambda: controlnet.sample_images(
-        painter, ddpm, {"mean": 100.0, "std": 40.0}, np.zeros(b, np.int64), masks[:b], (s, s), 12,
+    row(f"ControlNet, sampling {b}, {s} px, 10 steps", lambda: controlnet.sample_images(
+        painter, ddpm, {"mean": 100.0, "std": 40.0}, np.zeros(b, np.int64), masks[:b], (s, s), 10,
         torch.Generator(device), dtype), b)
     both(f"TransUNet compact, step of {b}, {s} px", transunet.TransUNet,
          lambda n: transunet.seg_loss(n((image + 1) / 2), mask), b)
