@@ -57,7 +57,7 @@ def test_smoke_run_holds_the_whole_experiment(smoke):
     """Every file is there, the results cover all rows, synthetic groups are equal after mixing."""
     out, printed = smoke
     for name in ("masks.npz", "synthetic.npz", "mixed.npz", "results.csv", "tables.md", "agreement.csv",
-                 "report.html", "synthetic.npz.png"):
+                 "table1.csv", "table1.csv.png", "report.html", "synthetic.npz.png"):
         assert (out / name).stat().st_size > 0, name
         assert name in printed or not name.endswith(".png")
     rows = list(csv.DictReader(open(out / "results.csv")))
@@ -213,6 +213,8 @@ BAD = [
     (controlnet, "train-base key.npz", "no array 'image'"), (controlnet, "train-base odd.npz", "divisible by 8"),
     (controlnet, "train-control set.npz nowhere.pt", "train-base"), (controlnet, "sample kind.pt set.npz", "control"),
     (controlnet, "sample nowhere.pt set.npz", "train-control"), (controlnet, "agree nowhere.pt set.npz set.npz", "transunet"),
+    (controlnet, "quality nowhere.pt b.pt c.pt set.npz set.npz set.npz", "transunet"),
+    (controlnet, "train-control set.npz nowhere.pt --reader nowhere.pt", "train-base"),
     (fairness, "table nowhere.npz set.npz", "fairdiff.py phantom"), (fairness, "table set.npz two.npz", "names"),
     (fairness, "table norace.npz norace.npz", "known race"),
 ]
