@@ -3,7 +3,7 @@
 # training set, TransUNet trained with and without it, fairness measured.
 #
 #   bash train.sh                                  a GPU if CUDA works, else a laptop's two cores
-#   SCALE=smoke bash train.sh                      every stage in 85 seconds, results meaningless
+#   SCALE=smoke bash train.sh                      every stage in 90 seconds, results meaningless
 #   DATA=path/to/fairseg bash train.sh             Harvard-FairSeg files instead of the phantom
 #   ATTRIBUTE=gender OUT=out-gender SEED=1 bash train.sh
 #   ATTRIBUTE=all OUT=out-all bash train.sh        Tables 2-5: one run an attribute, plain and judge trained once
@@ -43,7 +43,7 @@ case $SCALE in
          points=200 points_batch=16 base=20 control=20 image_batch=8 seg=20 seg_batch=8 draw_points=20 draw_images=4
          points_flags="--width 64 --lr 6e-3" draw_flags=--rough base_flags="--width 16" ;;
   cpu)   size=64 train=1000 test=2000                   # 92 patients of the rare group
-         points=2800 points_batch=32 base=250 control=1000 image_batch=8 seg=280 seg_batch=16
+         points=2800 points_batch=32 base=350 control=1300 image_batch=8 seg=280 seg_batch=16
          draw_points=32 draw_images=10 ;;
   gpu)   size=128 train=8000 test=2000                  # the real data's size and proportions
          points=10000 points_batch=48 base=3000 control=6000 image_batch=48 seg=3000 seg_batch=48
