@@ -184,6 +184,25 @@ def test_a_reader_along_the_way_changes_nothing(set_file, trained, tmp_path, cap
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_sampling_with_a_reader_keeps_the_better_of_two(set_file, trained, tmp_path, monkeypatch):
+    """Of two drawings of a mask, the one whose brighter half is read: here a reader that reads only bright images."""
+    judge, one, two = (str(tmp_path / n) for n in ("judge.pt", "one.npz", "two.npz"))
+    assert transunet.main(["train", set_file, "--out", judge, "--steps", "2", "--batch", "4", "--width", "8"]) == 0
+    mask, seen = fairdiff.load_set(set_file)["mask"], []
+
+    def reads_bright(net, images, *_):
+        seen.append(images.copy())
+        return mask * (images.mean((1, 2)) > np.median(images.mean((1, 2))))[:, None, None].astype(np.uint8)
+    monkeypatch.setattr(controlnet, "segment", reads_bright)
+    argv = ["sample", trained[1], set_file, "--steps", "2", "--out"]
+    assert controlnet.main([*argv, one]) == 0 and controlnet.main([*argv, two, "--reader", judge]) == 0
+    first, second = seen
+    bright = [x.mean((1, 2)) > np.median(x.mean((1, 2))) for x in (first, second)]
+    kept = np.where((bright[1] & ~bright[0])[:, None, None], second, first)
+    assert np.array_equal(fairdiff.load_set(two)["image"], kept) and not np.array_equal(kept, first)
+    assert np.array_equal(fairdiff.load_set(one)["image"], first)
+
+
 @pytest.mark.parametrize("size", [128, 256])
 def test_larger_images_run_with_the_same_code(size, tmp_path):
     """Two steps of base and ControlNet and two of the sampler, at 128 and 256 px."""
