@@ -44,7 +44,7 @@ case $SCALE in
          points_flags="--width 64 --lr 6e-3" draw_flags=--rough base_flags="--width 16" ;;
   cpu)   size=64 train=1000 test=2000                   # 92 patients of the rare group
          points=2800 points_batch=32 base=350 control=1300 image_batch=8 seg=280 seg_batch=16
-         draw_points=44 draw_images=10 ;;
+         draw_points=32 draw_images=10 ;;
   gpu)   size=128 train=8000 test=2000                  # the real data's size and proportions
          points=10000 points_batch=48 base=3000 control=6000 image_batch=48 seg=3000 seg_batch=48
          draw_points=100 draw_images=50 points_flags="--points 512" seg_flags="--optimizer sgd" ;;

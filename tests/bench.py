@@ -110,8 +110,8 @@ def main():
         both(f"PointNet, step of 48 x {n} points", lambda: pointdiff.PointNet(3),
              lambda net, y=x[:, :n]: ddpm.loss(net, y, g, net.encode(y)[0]), 48)
     net, generator = pointdiff.PointNet(3).to(device).eval(), torch.Generator(device)
-    row("PointNet, sampling 48 clouds, 44 steps", lambda: ddpm.sample(
-        net, (48, 512, 3), g, net.draw_shape(g, generator), steps=44, generator=generator), 48)
+    row("PointNet, sampling 48 clouds, 32 steps", lambda: ddpm.sample(
+        net, (48, 512, 3), g, net.draw_shape(g, generator), steps=32, generator=generator), 48)
 
     image, group = torch.rand(b, 1, s, s, device=device) * 2 - 1, torch.zeros(b, dtype=torch.long, device=device)
     mask = torch.as_tensor(masks[:b].astype(np.int64), device=device)
