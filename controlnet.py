@@ -211,6 +211,14 @@ def build(config):
     return net, DDPM(config["T"])
 
 
+def load_painter(path, kind, device):
+    """The trained network (EMA weights) of a "base" or "control" checkpoint, its diffusion and its config."""
+    state = load_checkpoint(path, kind, HELP_BASE if kind == "base" else HELP_CONTROL)
+    net, ddpm = build(state["config"])
+    net.load_state_dict(state["ema"])
+    return net.to(device, memory_format=torch.channels_last), ddpm, state["config"]
+
+
 def train(args):
     """Train the base UNet (train-base) or the ControlNet around it (train-control)."""
     device, dtype = pick_device(args.device)
@@ -283,15 +291,11 @@ def train(args):
 def read_along(reader, net, ema, ddpm, config, data, code, device, dtype):
     """A segmenter's Dice, mean of rim and cup, on images over eight masks a group, generated and real."""
     rows = np.concatenate([np.flatnonzero(code == g)[:8] for g in np.unique(code[code >= 0])])
-    now = {k: v.clone() for k, v in net.state_dict().items()}
-    net.load_state_dict(ema.state)
-    mask = data["mask"][rows]
-    made = sample_images(net, ddpm, config, code[rows], mask, mask.shape[1:], 10,
+    averaged, mask = copy.deepcopy(net), data["mask"][rows]
+    averaged.load_state_dict(ema.state)
+    made = sample_images(averaged, ddpm, config, code[rows], mask, mask.shape[1:], 10,
                          torch.Generator(device).manual_seed(0), dtype)
-    net.load_state_dict(now)
-    net.train()
-    return (np.nanmean([dice(segment(reader, images, device, dtype), mask, s) for s in ("rim", "cup")])
-            for images in (made, data["image"][rows]))
+    return [np.nanmean(read_dice(reader, x, mask, device, dtype)) for x in (made, data["image"][rows])]
 
 
 def preview(out, net, ddpm, config, data, code, device, dtype):
@@ -347,21 +351,16 @@ def sample(args):
     """Paint an image over every mask of a dataset file."""
     device, dtype = pick_device(args.device)
     data = load_set(args.masks)
-    state = load_checkpoint(args.checkpoint, "control", HELP_CONTROL)
-    config = state["config"]
+    net, ddpm, config = load_painter(args.checkpoint, "control", device)
     check_grid(data, args.masks, config)
     code, names = group_codes(data, config["attribute"])
-    net, ddpm = build(config)
-    net.load_state_dict(state["ema"])
-    net = net.to(device, memory_format=torch.channels_last)
     generator = torch.Generator(device).manual_seed(args.seed)
     images, *again = (sample_images(net, ddpm, config, code, data["mask"], data["mask"].shape[1:], args.steps,
                                     generator, dtype, args.guidance) for _ in range(2 if args.reader else 1))
     if args.reader:                                                     # of two, keep what it reads better
         reader = load_segmenter(args.reader, device)
-        reads = (segment(reader, x, device, dtype) for x in (images, again[0]))
-        first, second = (np.nan_to_num([dice(read, data["mask"], s) for s in ("rim", "cup")]).sum(0)
-                         for read in reads)
+        first, second = (np.nan_to_num(read_dice(reader, x, data["mask"], device, dtype)).sum(0)
+                         for x in (images, again[0]))
         images[second > first] = again[0][second > first]
     save_set(args.out, data | {"image": images, "synthetic": np.ones(len(images), bool)})
     print(f"{args.out}: {len(images)} images")
@@ -373,6 +372,12 @@ def sample(args):
 
 # ------------------------------------------------------------------------------------------------------------
 # Agreement
+
+def read_dice(reader, images, mask, device, dtype=None):
+    """Dice of rim and cup, (2, N), that a segmenter reads in images uint8 (N,H,W) painted over masks."""
+    pred = segment(reader, images, device, dtype)
+    return np.stack([dice(pred, mask, structure) for structure in ("rim", "cup")])
+
 
 def read_back(judge, data, code, n_groups, device, dtype=None):
     """What a judge reads in the images of a dataset against their masks, float (G, 3, 3).
@@ -463,12 +468,7 @@ def quality(args):
     """Table 1: images without control, over training masks and over sampled ones, against held-out images."""
     device, dtype = pick_device(args.device)
     judge = load_segmenter(args.judge, device)
-    nets = []
-    for path, kind, help in ((args.base, "base", HELP_BASE), (args.control, "control", HELP_CONTROL)):
-        state = load_checkpoint(path, kind, help)
-        net, ddpm = build(state["config"])
-        net.load_state_dict(state["ema"])
-        nets.append((net.to(device, memory_format=torch.channels_last), ddpm, state["config"]))
+    nets = [load_painter(args.base, "base", device), load_painter(args.control, "control", device)]
     attribute = nets[1][2]["attribute"]
     sets = [load_set(path) for path in (args.synthetic, args.train, args.test)]
     codes = [np.where((s["mask"] > 0).any((1, 2)), known_groups(s, attribute)[0], -1) for s in sets]
@@ -513,8 +513,7 @@ def quality(args):
         seen = look(images)
         far = cdist(seen, reference)
         nearest = np.stack([far[:, group == g].min(1) for g in groups], 1)          # (N, G), to each group
-        pred = None if mask is None else segment(judge, images, device, dtype)
-        read = np.nan if mask is None else np.nanmean([dice(pred, mask, s) for s in ("rim", "cup")])
+        read = np.nan if mask is None else np.nanmean(read_dice(judge, images, mask, device, dtype))
         frechet = frechet_distance(seen, reference) if len(seen) > seen.shape[1] else np.nan
         table.append((name, len(seen), frechet, *mmd_cov(far), one_nna(cdist(seen, seen), itself, far), read,
                       np.mean(groups[nearest.argmin(1)] == group),

@@ -15,8 +15,8 @@ draws. Without it the outlines were clean but too alike: half the real spread of
 Expect at SCALE=cpu (2 cores without bf16): 2,800 steps in 172 s, 1,002 masks in 38 s, 99 % of the clouds
 valid (2026-11-24, seed 0, phantom). `score` says how like real masks they are.
 
-Tried: LayerNorm, a third block, explicit moments of the cloud as input (no better); a network for each group
-(narrower shapes at three times the steps, none valid at equal ones); the README has the figures.
+Tried: explicit moments of the cloud as input (no better), a third block (fewer steps in the same time: discs
+too small), a network for each group and --predict eps (the README has the figures).
 """
 import csv
 import math
