@@ -199,12 +199,12 @@ def render_phantom(mask, race, seed, shift=1.0):
     return images
 
 
-def make_phantom(n, size, seed, shift=1.0, balance=None):
+def make_phantom(n, size, seed, shift=1.0, balance=None, rare=None):
     """A dataset of n phantom patients, size x size pixels, deterministic from its seed.
 
     size: 32 to 512; shift: how far the races differ; balance: an attribute whose groups are made equally
-    large (up to one), None keeps MARGINALS. Returns a dataset dict. Only race has an effect; the rest is the
-    null control.
+    large (up to one), None keeps MARGINALS; rare: how many of the rarest race stay, the others become of the
+    most frequent one. Returns a dataset dict. Only race has an effect; the rest is the null control.
     """
     if not 32 <= size <= 512:
         raise InputError(f"phantom size {size} px: expected 32 to 512")
@@ -224,6 +224,8 @@ def make_phantom(n, size, seed, shift=1.0, balance=None):
             code = np.where(code == len(share), -1, code)
         data[attribute] = code.astype(np.int8)
     race = data["race"]
+    if rare is not None:                                                # 10 of them are among the 30
+        race[np.flatnonzero(race == 0)[rare:]] = 2
     data["mask"] = np.empty((n, size, size), np.uint8)
     for i in range(n):
         look = _group_look(int(race[i]), shift)
@@ -710,13 +712,14 @@ def sample_sheet(path, data, attribute="race"):
 
 def phantom(args):
     """Write OUT/train.npz and OUT/test.npz of phantom patients, from seeds that no other call shares."""
-    if min(args.train, args.test) < 0 or not args.train + args.test or args.seed < 0:
+    if min(args.train, args.test, args.rare or 0) < 0 or not args.train + args.test or args.seed < 0:
         raise InputError(f"--train {args.train} --test {args.test} --seed {args.seed}: "
                          "expected numbers from 0, one image at least")
     for split, n in (("train", args.train), ("test", args.test)):
         if n:                                                         # natural and balanced sets share nobody
             seed = 4 * args.seed + (split == "test") + 2 * bool(args.balance)
-            data = make_phantom(n, args.size, seed, args.shift, args.balance)
+            data = make_phantom(n, args.size, seed, args.shift, args.balance,
+                                args.rare if split == "train" else None)
             save_set(f"{args.out}/{split}.npz", data)
             print(f"{args.out}/{split}.npz\n{count_table(data, args.balance or 'race')}")
             sample_sheet(f"{args.out}/data.{split}.png", data)
@@ -770,6 +773,7 @@ def main(argv=None):
     p.add_argument("--size", type=int, default=64, help="pixels a side, 32 to 512")
     p.add_argument("--shift", type=float, default=1.0, help="how far the races differ; 0 not at all")
     p.add_argument("--balance", choices=ATTRIBUTE_NAMES, help="make this attribute's groups equally large")
+    p.add_argument("--rare", type=int, help="training images of the rarest race at most (default: 9.2 %%)")
     p.add_argument("--seed", type=int, default=0, help="draws everything")
     p.set_defaults(run=phantom)
     p = sub.add_parser("fairseg", help="read Harvard-FairSeg files")

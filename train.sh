@@ -13,7 +13,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 SCALE=${SCALE:-} ATTRIBUTE=${ATTRIBUTE:-race} DATA=${DATA:-} OUT=${OUT:-out} SEED=${SEED:-0}
-METHODS=${METHODS:-plain oversample equal oracle} SEEDS=${SEEDS:-$SEED} SHARED=${SHARED:-$OUT}
+METHODS=${METHODS:-plain oversample equal oracle} SEEDS=${SEEDS:-$SEED} SHARED=${SHARED:-$OUT} RARE=${RARE:-}
 rows="plain oversample adv groupdro fairseg equal synthetic-only oracle"
 attributes="race gender ethnicity language maritalstatus age"
 die() { echo "train.sh: $1" >&2; exit 2; }
@@ -88,7 +88,7 @@ if [ -n "$DATA" ]; then
   once data fairdiff.py fairseg "$DATA" --out "$SHARED/data" --size $size
   METHODS=${METHODS/oracle/}                            # only the phantom has as many real patients as we like
 else
-  once data fairdiff.py phantom --out "$SHARED/data" --train $train --test $test --size $size $seed
+  once data fairdiff.py phantom --out "$SHARED/data" --train $train --test $test --size $size $seed ${RARE:+--rare $RARE}
   stage oracle-data fairdiff.py phantom --out "$OUT/oracle" --train $train --test 0 --size $size $seed --balance "$ATTRIBUTE"
 fi
 # 2. Points to masks (Section 2.2).

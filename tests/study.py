@@ -1,0 +1,204 @@
+"""How much of the harm does synthesis repair, and which link loses the rest?  python tests/study.py
+
+One cell is one seed of everything (data, generators, segmenters) and one number of rare training images. A cell is a
+run of train.sh with those; where the rare group has its natural size, rows are added that replace one link
+of FairDiff by its real counterpart, which only the phantom has. Each cell appends its rows to tests/study.csv and is
+skipped once it is there, so the study can be run in pieces; an interrupted cell continues. Two cells at once, on
+one core each (OMP_NUM_THREADS=1), take less time than one after the other.
+
+    python tests/study.py --seeds 0 --rare 10            one cell, about ten minutes on two cores
+    python tests/study.py --table                        only the tables and assets/rarity.svg from tests/study.csv
+
+Scores are the Dice of rim and cup, averaged, on the 2,000 test images of the seed. share: of the distance from plain
+to oracle, how much a row closes. Intervals: 95 %, over test images, paired (the same resamples for every row).
+"""
+import argparse
+import csv
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+
+root = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(root))
+import controlnet  # noqa: E402
+import fairdiff  # noqa: E402
+import fairness  # noqa: E402
+import transunet  # noqa: E402
+
+NATURAL = 92                                            # images of the rare group in 1,000
+METHODS = {True: "all", False: "plain oversample equal oracle"}
+LINKS = ("real masks, rendered", "drawn masks, rendered", "real masks, painted")
+FIGURES = {"worst group": -3, "ES-Dice": -5}            # places in fairness._numbers
+COLUMNS = ["seed", "rare", "row", "figure"] + [f"{name}{end}" for name in ("value", "gain", "share", "over_oversample")
+                                               for end in ("", "_lo", "_hi")] + ["commit"]
+
+
+def command(main, *argv):
+    """Run one of the project's commands in this process; stop where it fails."""
+    if code := main([str(a) for a in argv]):
+        sys.exit(code)
+
+
+def topped_up(out, link, seed):
+    """The equal-scale set of one attribution row: the masks, or the images, or both are the phantom's own."""
+    path = out / "links" / f"{link.replace(', ', '-').replace(' ', '-')}.npz"
+    real, fresh = fairdiff.load_set(out / "data/train.npz"), fairdiff.load_set(out / "oracle/train.npz")
+    drawn = fairdiff.load_set(out / "masks.npz")
+    if link == "real masks, rendered":
+        top_up = fresh
+    elif link == "drawn masks, rendered":
+        top_up = drawn | {"image": fairdiff.render_phantom(drawn["mask"], drawn["race"], 4 * seed + 2)}
+    else:
+        command(controlnet.main, "sample", out / "control.pt", out / "oracle/train.npz", "--seed", seed,
+                "--out", out / "links/painted.npz")
+        top_up = fairdiff.load_set(out / "links/painted.npz")
+    fairdiff.save_set(path, fairdiff.equal_scale(real, top_up, "race", seed=seed))
+    return path
+
+
+def segmenter(out, set_path, name, seed, *flags):
+    """Train a TransUNet on a set exactly as train.sh did for its rows, and predict. Returns the predictions' path."""
+    same = fairdiff.load_checkpoint(out / "plain.pt")["config"]
+    checkpoint, predictions = out / f"{name}.pt", out / "pred" / f"{name}.npz"
+    if not predictions.exists():
+        command(transunet.main, "train", set_path, "--steps", same["steps"], "--batch", same["batch"],
+                "--seed", seed, "--out", checkpoint, *flags)
+        command(transunet.main, "predict", checkpoint, out / "data/test.npz", "--out", predictions)
+    return predictions
+
+
+def measure(truth, predictions):
+    """Rows of the CSV from {row: predictions' path}: value, gain over plain, share closed, gain over oversampling."""
+    def score(path):
+        mask = fairdiff.load_set(path)["mask"]
+        return sum(fairness.dice(mask, truth["mask"], s) for s in ("rim", "cup")) / 2
+
+    code, names = fairdiff.group_codes(truth, "race")
+    scores, sizes, _ = fairness._sort([score(p) for p in predictions.values()], code, names)
+    numbers = {row: fairness._estimate(s, sizes, 2000, 0) for row, s in zip(predictions, scores, strict=True)}
+    rows = []
+    for figure, place in FIGURES.items():
+        at = {row: np.r_[v[place], draws[:, place]] for row, (v, draws) in numbers.items()}     # value, then resamples
+        for row in predictions:
+            gain = at[row] - at["plain"]
+            cells = []
+            for x in (at[row], gain, gain / (at["oracle"] - at["plain"]), at[row] - at["oversample"]):
+                cells += [f"{v:.5f}" for v in (x[0], *np.quantile(x[1:], (0.025, 0.975)))]
+            rows.append([row, figure, *cells])
+    return rows
+
+
+def cell(args, seed, rare):
+    """Run one cell and append its rows, all at once."""
+    out = args.out / f"seed{seed}-rare{rare}"
+    natural = rare == NATURAL
+    dials = {"SCALE": args.scale, "SEED": str(seed), "OUT": str(out), "METHODS": METHODS[natural]}
+    if not natural:
+        dials["RARE"] = str(rare)
+    subprocess.run(["bash", str(root / "train.sh")], env=os.environ | dials, check=True)
+    methods = sorted(p.stem for p in (out / "pred").glob("*.npz") if p.stem in transunet.METHODS + (
+        "equal", "synthetic-only", "oracle"))
+    predictions = {m: out / "pred" / f"{m}.npz" for m in methods}
+    for link in LINKS if natural else ():
+        name = link.replace(", ", "-").replace(" ", "-")
+        if not (out / "pred" / f"{name}.npz").exists():
+            topped_up(out, link, seed)
+        predictions[link] = segmenter(out, out / "links" / f"{name}.npz", name, seed)
+    commit = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    lines = [[seed, rare, *row, commit.stdout.strip()] for row in measure(fairdiff.load_set(out / "data/test.npz"), predictions)]
+    with open(args.csv, "a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if not file.tell():
+            writer.writerow(COLUMNS)
+        writer.writerows(lines)
+
+
+def pooled(lines, row, rare, figure, name):
+    """Mean over the seeds and the half-width of its interval (test sets are independent); the seeds' own values."""
+    mine = [x for x in lines if (x["row"], int(x["rare"]), x["figure"]) == (row, rare, figure)]
+    value = np.array([float(x[name]) for x in mine])
+    half = np.array([(float(x[f"{name}_hi"]) - float(x[f"{name}_lo"])) / 2 for x in mine])
+    return value.mean(), np.sqrt((half ** 2).sum()) / len(mine), value
+
+
+def tables(lines):
+    """Print one Markdown table a figure and number of rare images."""
+    for figure in FIGURES:
+        for rare in sorted({int(x["rare"]) for x in lines}):
+            rows = list(dict.fromkeys(x["row"] for x in lines if int(x["rare"]) == rare))
+            seeds = sorted({x["seed"] for x in lines if int(x["rare"]) == rare})
+            rows.sort(key=lambda r: pooled(lines, r, rare, figure, "value")[0])
+            print(f"\n{figure}, {rare} images of the rare group, seeds {', '.join(seeds)}\n\n"
+                  "| row | Dice | gain | share closed | seeds | more than oversampling |\n" + "|---" * 6 + "|")
+            for row in rows:
+                cells = [pooled(lines, row, rare, figure, n) for n in ("value", "gain", "share", "over_oversample")]
+                (value, _, _), (gain, a, _), (share, b, each), (more, c, _) = cells
+                print(f"| {row} | {value:.4f} | {gain:.3f} ± {a:.3f} | {share:.0%} ± {b:.0%} | "
+                      f"{', '.join(f'{x:.0%}' for x in each)} | {more:+.3f} ± {c:.3f} |")
+
+
+def chart(lines, path):
+    """SVG: share of the distance closed (worst group) against the number of rare images, a line a method."""
+    looks = {"oversample": ("#c2410c", "6 4"), "equal": ("#1d4ed8", "none")}
+    counts = sorted({int(x["rare"]) for x in lines})
+    points = {m: [(n, *pooled(lines, m, n, "worst group", "share")) for n in counts] for m in looks}
+    top = max(1.1, *(s + h for p in points.values() for _, s, h, _ in p))
+    bottom = min(0.0, *(s - h for p in points.values() for _, s, h, _ in p))
+
+    def x(n, shift=0):
+        return 80 + shift + 380 * np.log(n / counts[0]) / max(np.log(counts[-1] / counts[0]), 1)
+
+    def y(share):
+        return 280 - 250 * (share - bottom) / (top - bottom)
+
+    out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 560 340" font-family="sans-serif" font-size="13">',
+           '<title>Share of the distance from plain to oracle that is closed, by number of rare images</title>',
+           '<rect width="560" height="340" fill="white"/>']
+    for share in np.arange(np.ceil(bottom * 4) / 4, top, 0.25):
+        out.append(f'<path d="M60 {y(share):.1f}H540" stroke="{"#555" if share in (0, 1) else "#ddd"}"/>'
+                   f'<text x="52" y="{y(share) + 4:.1f}" text-anchor="end">{share:.0%}</text>')
+    out += [f'<text x="{x(n):.1f}" y="302" text-anchor="middle">{n}</text>' for n in counts]
+    out.append('<text x="290" y="324" text-anchor="middle">images of the rare group among 1,000 (log scale)</text>'
+               '<text x="60" y="16">share of the distance plain to oracle closed, worst group</text>')
+    for k, (method, (colour, dash)) in enumerate(looks.items()):
+        shift = 12 * k - 6
+        line = " ".join(f"{x(n, shift):.1f},{y(s):.1f}" for n, s, _, _ in points[method])
+        out.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>')
+        for n, share, half, each in points[method]:
+            at = x(n, shift)
+            out.append(f'<path d="M{at:.1f} {y(share - half):.1f}V{y(share + half):.1f}" stroke="{colour}" stroke-width="2"/>'
+                       f'<circle cx="{at:.1f}" cy="{y(share):.1f}" r="4.5" fill="{colour}"/>')
+            out += [f'<circle cx="{at:.1f}" cy="{y(s):.1f}" r="2.5" fill="none" stroke="{colour}"/>' for s in each]
+        n, share, _, _ = points[method][-1]
+        out.append(f'<text x="{x(n, shift) + 10:.1f}" y="{y(share) + (4 if k else -6):.1f}" fill="{colour}">{method}</text>')
+    pathlib.Path(path).write_text("\n".join([*out, "</svg>"]) + "\n")
+    print(f"picture: {path}")
+
+
+def main():
+    """Run the missing cells, then print the tables and draw the chart."""
+    parser = argparse.ArgumentParser(description="The rarity study; see the top of the file.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rare", type=int, nargs="+", default=[NATURAL, 30, 10], help="rare images in training")
+    parser.add_argument("--scale", default="cpu", choices=("smoke", "cpu"))
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("study"), help="folder of the cells' runs")
+    parser.add_argument("--csv", type=pathlib.Path, default=root / "tests/study.csv", help="rows are appended here")
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    args = parser.parse_args()
+
+    def lines():
+        return list(csv.DictReader(args.csv.open())) if args.csv.exists() else []
+
+    for rare in args.rare if not args.table else ():
+        for seed in args.seeds:
+            if not any((x["seed"], x["rare"]) == (str(seed), str(rare)) for x in lines()):
+                cell(args, seed, rare)
+    tables(lines())
+    chart(lines(), root / "assets/rarity.svg")
+
+
+if __name__ == "__main__":
+    main()
