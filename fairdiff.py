@@ -323,13 +323,15 @@ def export_fairseg(data, folder):
 # ------------------------------------------------------------------------------------------------------------
 # Equal Scale (Section 2.4, Eq. 6)
 
-def equal_scale(real, synthetic, attribute, target=None, seed=0, n_real=None):
+def equal_scale(real, synthetic, attribute, target=None, seed=0, n_real=None, share=1.0):
     """Top up every group of one attribute to the same size: D = U_g (D*_g,real + D*_g,synthetic), Eq. 6.
 
     real, synthetic: dataset dicts of one image size; target: images a group, None round(N_real / G) which
     keeps the size of the set, "max" the largest group; n_real: first draw that many real images in natural
-    proportion. Returns a dataset dict in random order. Images of unknown group are left out, nothing is
-    repeated. InputError where the synthetic images do not suffice, naming group, need, have and the command.
+    proportion; share: of what is missing, how much is synthetic, in [0, 1]; the rest repeats the group's real
+    images in turn, their names followed by +1, +2, ... Returns a dataset dict in random order. Images of
+    unknown group are left out, with share 1 (Eq. 6) nothing is repeated. InputError where the synthetic
+    images do not suffice, naming group, need, have and the command.
     """
     rng = np.random.default_rng(seed)
     code, names = group_codes(real, attribute)
@@ -347,16 +349,20 @@ def equal_scale(real, synthetic, attribute, target=None, seed=0, n_real=None):
     elif target == "max":
         target = max(count.values())
     synthetic_code = group_codes(synthetic, attribute)[0]
-    keep_real, keep_synthetic = [], []
+    keep_real, keep_synthetic, turn = [], [], []
     for g in groups:
         own, drawn = pool[code[pool] == g], np.flatnonzero(synthetic_code == g)
-        need = max(0, target - len(own))
+        missing = max(0, target - len(own))
+        need = round(share * missing) if len(own) else missing          # nobody to repeat
         if need > len(drawn):
             raise InputError(f"group {names[g]}: {need} synthetic images needed, {len(drawn)} there: "
                              f"draw them with `python pointdiff.py sample --group {names[g]} --n {need}`")
-        keep_real.append(rng.permutation(own)[:target])                 # D*_g,real: at most the target
+        keep_real.append(np.resize(rng.permutation(own), min(target, len(own)) + missing - need))
+        turn.append(np.arange(len(keep_real[-1])) // max(1, len(own)))  # how often an image was there before
         keep_synthetic.append(rng.permutation(drawn)[:need])            # D*_g,synthetic: what is missing
-    mixed = join_sets(take(real, np.concatenate(keep_real)), take(synthetic, np.concatenate(keep_synthetic)))
+    real, turn = take(real, np.concatenate(keep_real)), np.concatenate(turn)
+    real["name"] = np.where(turn, np.char.add(real["name"], [f"+{k}" for k in turn]), real["name"])
+    mixed = join_sets(real, take(synthetic, np.concatenate(keep_synthetic)))
     return take(mixed, rng.permutation(len(mixed["name"])))
 
 
@@ -754,7 +760,9 @@ def mix(args):
         if not target.isdecimal() or not int(target):
             raise InputError(f"--target {target}: expected a number of images from 1, or max")
         target = int(target)
-    mixed = equal_scale(real, synthetic, args.attribute, target, args.seed, args.n_real)
+    if not 0 <= args.share <= 1:
+        raise InputError(f"--share {args.share}: expected a number from 0 to 1")
+    mixed = equal_scale(real, synthetic, args.attribute, target, args.seed, args.n_real, args.share)
     print(f"before\n{count_table(join_sets(real, synthetic), args.attribute)}\n"
           f"after\n{count_table(mixed, args.attribute)}")
     save_set(args.out, mixed)
@@ -793,6 +801,7 @@ def main(argv=None):
     p.add_argument("--attribute", choices=ATTRIBUTE_NAMES, default="race", help="whose groups are made equal")
     p.add_argument("--target", help="images a group; max: the largest group (default: real images / groups)")
     p.add_argument("--n-real", type=int, help="first draw this many real images in natural proportion")
+    p.add_argument("--share", type=float, default=1, help="of what is missing, how much is synthetic")
     p.add_argument("--out", default="mixed.npz", help="the mixed dataset")
     p.add_argument("--seed", type=int, default=0, help="draws who is kept")
     p.set_defaults(run=mix)

@@ -1,8 +1,9 @@
 """How much of the harm does synthesis repair, and which link loses the rest?  python tests/study.py
 
 One cell is one seed of everything (data, generators, segmenters) and one number of rare training images. A cell is a
-run of train.sh with those; where the rare group has its natural size, rows are added that replace one link
-of FairDiff by its real counterpart, which only the phantom has. Each cell appends its rows to tests/study.csv and is
+run of train.sh with those, and Equal Scale once more with nothing but synthetic images for those missing (share 1). Where
+the rare group has its natural size, rows are added that replace one link of FairDiff by its real counterpart, which
+only the phantom has: its masks by those of new patients, its images by renderings. Each cell appends its rows to tests/study.csv and is
 skipped once it is there, so the study can be run in pieces; an interrupted cell continues. Two cells at once, on
 one core each (OMP_NUM_THREADS=1), take less time than one after the other.
 
@@ -30,7 +31,7 @@ import transunet  # noqa: E402
 
 NATURAL = 92                                            # images of the rare group in 1,000
 METHODS = {True: "all", False: "plain oversample equal oracle"}
-LINKS = ("real masks, rendered", "drawn masks, rendered", "real masks, painted")
+LINKS = ("real masks, rendered", "drawn masks, rendered", "real masks, painted", "drawn masks, painted")
 FIGURES = {"worst group": -3, "ES-Dice": -5}            # places in fairness._numbers
 COLUMNS = ["seed", "rare", "row", "figure"] + [f"{name}{end}" for name in ("value", "gain", "share", "over_oversample")
                                                for end in ("", "_lo", "_hi")] + ["commit"]
@@ -42,30 +43,34 @@ def command(main, *argv):
         sys.exit(code)
 
 
-def topped_up(out, link, seed):
+def topped_up(out, link, share, seed):
     """The equal-scale set of one attribution row: the masks, or the images, or both are the phantom's own."""
-    path = out / "links" / f"{link.replace(', ', '-').replace(' ', '-')}.npz"
     real, fresh = fairdiff.load_set(out / "data/train.npz"), fairdiff.load_set(out / "oracle/train.npz")
     drawn = fairdiff.load_set(out / "masks.npz")
     if link == "real masks, rendered":
         top_up = fresh
     elif link == "drawn masks, rendered":
         top_up = drawn | {"image": fairdiff.render_phantom(drawn["mask"], drawn["race"], 4 * seed + 2)}
+    elif link == "real masks, painted":
+        painted = out / "links/painted.npz"
+        if not painted.exists():
+            command(controlnet.main, "sample", out / "control.pt", out / "oracle/train.npz", "--seed", seed,
+                    "--out", painted)
+        top_up = fairdiff.load_set(painted)
     else:
-        command(controlnet.main, "sample", out / "control.pt", out / "oracle/train.npz", "--seed", seed,
-                "--out", out / "links/painted.npz")
-        top_up = fairdiff.load_set(out / "links/painted.npz")
-    fairdiff.save_set(path, fairdiff.equal_scale(real, top_up, "race", seed=seed))
-    return path
+        top_up = fairdiff.load_set(out / "synthetic.npz")
+    return fairdiff.equal_scale(real, top_up, "race", seed=seed, share=share)
 
 
-def segmenter(out, set_path, name, seed, *flags):
-    """Train a TransUNet on a set exactly as train.sh did for its rows, and predict. Returns the predictions' path."""
+def segmenter(out, link, share, seed):
+    """Train a TransUNet on an attribution row's set as train.sh did on its sets. Returns its predictions' path."""
+    name = f"{link.replace(', ', '-').replace(' ', '-')}-share{share:g}"
     same = fairdiff.load_checkpoint(out / "plain.pt")["config"]
-    checkpoint, predictions = out / f"{name}.pt", out / "pred" / f"{name}.npz"
+    topped, checkpoint, predictions = out / f"links/{name}.npz", out / f"links/{name}.pt", out / f"pred/{name}.npz"
     if not predictions.exists():
-        command(transunet.main, "train", set_path, "--steps", same["steps"], "--batch", same["batch"],
-                "--seed", seed, "--out", checkpoint, *flags)
+        fairdiff.save_set(topped, topped_up(out, link, share, seed))
+        command(transunet.main, "train", topped, "--steps", same["steps"], "--batch", same["batch"],
+                "--seed", seed, "--out", checkpoint)
         command(transunet.main, "predict", checkpoint, out / "data/test.npz", "--out", predictions)
     return predictions
 
@@ -102,11 +107,10 @@ def cell(args, seed, rare):
     methods = sorted(p.stem for p in (out / "pred").glob("*.npz") if p.stem in transunet.METHODS + (
         "equal", "synthetic-only", "oracle"))
     predictions = {m: out / "pred" / f"{m}.npz" for m in methods}
-    for link in LINKS if natural else ():
-        name = link.replace(", ", "-").replace(" ", "-")
-        if not (out / "pred" / f"{name}.npz").exists():
-            topped_up(out, link, seed)
-        predictions[link] = segmenter(out, out / "links" / f"{name}.npz", name, seed)
+    for link in LINKS:                                      # drawn and painted at share 0.5 is the row "equal"
+        for share in (1, 0.5) if link != LINKS[-1] else (1,):
+            if natural or link == LINKS[-1]:
+                predictions[f"{link}, share {share:g}"] = segmenter(out, link, share, seed)
     commit = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     lines = [[seed, rare, *row, commit.stdout.strip()] for row in measure(fairdiff.load_set(out / "data/test.npz"), predictions)]
     with open(args.csv, "a", newline="") as file:

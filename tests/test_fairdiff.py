@@ -116,6 +116,21 @@ def test_equal_scale_counts(two_sets):
     assert mixed["name"].tolist() == again["name"].tolist()
 
 
+def test_equal_scale_with_a_share_repeats_the_real_ones(two_sets):
+    """Half of what 4 lack to 10 is drawn, the other half are 3 of the 4 once more, under names of their own."""
+    real, synthetic = two_sets
+    half = fairdiff.equal_scale(real, synthetic, "race", share=0.5)
+    assert counts(half) == [(7, 3), (8, 2), (10, 0)] and len(set(half["name"])) == 30
+    first = half["name"][(half["race"] == 0) & ~half["synthetic"]]
+    assert len({name.removesuffix("+1") for name in first}) == 4 and sum("+1" in name for name in first) == 3
+    none = fairdiff.equal_scale(real, synthetic, "race", target=15, share=0)
+    first = none["name"][none["race"] == 0]
+    assert counts(none)[0] == (15, 0) and max(sum(n.split("+")[0] == m for n in first) for m in real["name"]) == 4
+    for name in first:                                                  # a repeat is the patient it repeats
+        a, b = none["name"] == name, real["name"] == name.split("+")[0]
+        assert (none["image"][a][0] == real["image"][b][0]).all()
+
+
 def test_equal_scale_says_what_is_missing(two_sets):
     """Too few synthetic images: group, need, have and the command are named."""
     real, synthetic = two_sets

@@ -1,0 +1,59 @@
+"""The study's arithmetic on scores that anyone can check; its cells are runs of train.sh, which test_pipeline has."""
+import csv
+import xml.etree.ElementTree
+
+import numpy as np
+import pytest
+import study
+
+import fairdiff
+
+
+@pytest.fixture
+def lines(tmp_path, phantom):
+    """Lines of the CSV where plain misses the rare group, oracle misses nothing, the others a part of it."""
+    rng, paths = np.random.default_rng(0), {}
+    for row, keep in (("plain", 0.2), ("oversample", 0.4), ("equal", 0.6), ("oracle", 1.0)):
+        mask = phantom["mask"].copy()
+        for i in np.flatnonzero(phantom["race"] == 0):
+            mask[i] *= rng.random(mask[i].shape) < keep
+        paths[row] = tmp_path / f"{row}.npz"
+        fairdiff.save_set(paths[row], phantom | {"mask": mask})
+    return [dict(zip(study.COLUMNS, [seed, 10, *row, "0"], strict=True))
+            for seed in (0, 1) for row in study.measure(phantom, paths)]
+
+
+def test_measure_by_hand(lines):
+    """A pixel kept with odds p scores about 2p / (1 + p): 1/3, 4/7, 3/4, 1. Shares follow from these."""
+    worst = {x["row"]: x for x in lines if x["figure"] == "worst group" and x["seed"] == 0}
+    for row, expected in (("plain", 1 / 3), ("oversample", 4 / 7), ("equal", 3 / 4), ("oracle", 1)):
+        assert float(worst[row]["value"]) == pytest.approx(expected, abs=0.03)
+        share = (float(worst[row]["value"]) - float(worst["plain"]["value"])) / (1 - float(worst["plain"]["value"]))
+        assert float(worst[row]["share"]) == pytest.approx(share, abs=1e-4)
+        assert float(worst[row]["share_lo"]) <= share + 1e-4 and share - 1e-4 <= float(worst[row]["share_hi"])
+    more = float(worst["equal"]["value"]) - float(worst["oversample"]["value"])
+    assert float(worst["equal"]["over_oversample"]) == pytest.approx(more, abs=1e-4)
+    assert float(worst["equal"]["over_oversample_lo"]) > 0
+
+
+def test_pooled_interval(lines):
+    """Two independent sets of equal width: the mean's interval is narrower by the root of two."""
+    (one,) = (x for x in lines if (x["row"], x["figure"], x["seed"]) == ("equal", "ES-Dice", 1))
+    value, half, each = study.pooled(lines, "equal", 10, "ES-Dice", "share")
+    assert value == pytest.approx(float(one["share"])) and len(each) == 2
+    assert half == pytest.approx((float(one["share_hi"]) - float(one["share_lo"])) / 2 / np.sqrt(2))
+
+
+def test_tables_and_chart_read_the_file_back(lines, tmp_path, capsys):
+    """The table names every row with its share, the chart is XML with a mark for every share and seed."""
+    with open(tmp_path / "study.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, study.COLUMNS)
+        writer.writeheader()
+        writer.writerows(lines + [x | {"rare": 30} for x in lines])
+    read = list(csv.DictReader(open(tmp_path / "study.csv")))
+    study.tables(read)
+    study.chart(read, tmp_path / "chart.svg")
+    printed = capsys.readouterr().out
+    assert printed.count("| equal |") == 4 and "worst group, 30 images" in printed
+    tree = xml.etree.ElementTree.parse(tmp_path / "chart.svg")
+    assert sum(e.tag.endswith("circle") for e in tree.iter()) == 2 * 2 * (1 + 2)
