@@ -35,6 +35,7 @@ from fairdiff import (
     Parser,
     autocast,
     fingerprint,
+    fitting,
     group_codes,
     known_groups,
     load_checkpoint,
@@ -214,8 +215,9 @@ def build(config):
 def load_painter(path, kind, device):
     """The trained network (EMA weights) of a "base" or "control" checkpoint, its diffusion and its config."""
     state = load_checkpoint(path, kind, HELP_BASE if kind == "base" else HELP_CONTROL)
-    net, ddpm = build(state["config"])
-    net.load_state_dict(state["ema"])
+    with fitting(path):
+        net, ddpm = build(state["config"])
+        net.load_state_dict(state["ema"])
     return net.to(device, memory_format=torch.channels_last), ddpm, state["config"]
 
 

@@ -16,6 +16,7 @@ import base64
 import collections
 import contextlib
 import csv
+import glob
 import html
 import math
 import os
@@ -475,16 +476,28 @@ class InputError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose own complaints are one line too."""
+    """argparse whose own complaints are one line too, and that knows which numbers make no sense anywhere."""
 
     def error(self, message):
         raise InputError(f"{message} (see `python {self.prog} --help`)")
+
+    def check(self, args):
+        """InputError where a number is not finite or too small. 2^31: (seed << 32) + step has 64 bits."""
+        for name, value in vars(args).items():
+            for v in value if isinstance(value, list) else [value]:
+                least = 0 if name in ("seed", "train", "test", "val") else 1
+                if (type(v) is int and not least <= v < 2 ** 31 or name == "width" and v % 8
+                        or type(v) is float and not (math.isfinite(v) and (v > 0 or name != "lr"))):
+                    self.error(f"--{name.replace('_', '-')} {v}: expected " + (
+                        "a finite number" + ", more than 0" * (name == "lr") if type(v) is float else
+                        "a multiple of 8" if name == "width" else f"{least} to {2 ** 31 - 1}"))
 
 
 def run_command(parser, argv):
     """Parse argv and call args.run(args). Exit codes: 0 done, 2 bad input, 1 failed, 130 interrupted."""
     try:
         args = parser.parse_args(argv)
+        parser.check(args)
         started = time.perf_counter()
         args.run(args)
         print(f"{parser.prog} {args.command}: {time.perf_counter() - started:.0f} s")
@@ -495,6 +508,10 @@ def run_command(parser, argv):
         code, line = 2, f"{_clean(e.filename or '')}: {_clean(e.strerror or e)}"
     except FloatingPointError as e:
         code, line = 1, str(e)
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and "memory" not in str(e):
+            raise
+        code, line = 1, f"out of memory: a smaller --batch or --size helps ({_clean(e)})"
     except KeyboardInterrupt:
         code, line = 130, "interrupted; the same command again continues"
     print(f"{parser.prog}: {printable(line)}", file=sys.stderr)
@@ -525,7 +542,7 @@ def replacing(path):
     """Yield a temporary path that takes the place of `path` on success and vanishes on failure."""
     path = pathlib.Path(path)
     make_folder(path.parent)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")           # same folder: rename is atomic there
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")      # same folder: rename is atomic there
     try:
         yield temporary
         os.replace(temporary, path)
@@ -712,7 +729,10 @@ def save_checkpoint(path, **state):
     import torch
 
     with replacing(path) as temporary:
-        torch.save(state, temporary)
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as e:                                       # what torch makes of a full disk
+            raise InputError(f"{path}: cannot be written, is the disk full? ({_clean(e)})") from None
 
 
 def load_checkpoint(path, kind=None, help="train it first"):
@@ -720,25 +740,50 @@ def load_checkpoint(path, kind=None, help="train it first"):
     import torch
 
     try:
+        check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"no {path}: {help}") from None
     except Exception as e:                                         # torch raises a dozen types for a bad file
-        raise InputError(f"{path}: not a readable checkpoint ({_clean(e).split('.')[0]})") from None
-    if not isinstance(state, dict) or "config" not in state:
+        why = _clean(e).split(". ")[0]
+        raise InputError(f"{path}: not a readable checkpoint ({why}): remove it, {help}") from None
+    if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
         raise InputError(f"{path}: not a checkpoint of this project")
     if kind and state["config"].get("kind") != kind:
         raise InputError(f"{path}: holds {_clean(state['config'].get('kind'))!r}; expected {kind!r}: {help}")
+    if isinstance(groups := state["config"].get("groups"), list):       # they get printed
+        state["config"]["groups"] = [_clean(g) for g in groups]
     return state
+
+
+@contextlib.contextmanager
+def fitting(path):
+    """InputError where what a checkpoint holds does not build or fill its network."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        raise InputError(f"{path}: not a checkpoint of this version ({_clean(e)}): remove it and train again"
+                         ) from None
 
 
 def resume(path, config, net, ema, optimizer):
     """Continue an interrupted training in place. Returns the step to go on with and the log so far.
 
     Every draw of a training step comes from (seed, step), so the step is all there is to remember of chance.
-    InputError where the file belongs to another configuration or dataset: it is never overwritten.
+    InputError where the file belongs to another configuration or dataset: it is never overwritten, and where
+    another process trains into it.
     """
-    if not pathlib.Path(path).exists():
+    import fcntl
+
+    path = pathlib.Path(path)
+    ema.lock = open(make_folder(path.parent) / f".{path.name}.lock", "a")      # held as long as the average
+    try:
+        fcntl.flock(ema.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{path}: another run trains it; wait, or choose another --out") from None
+    for left in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.part"):    # by a run killed as it wrote
+        left.unlink()
+    if not path.exists():
         return 0, []
     state = load_checkpoint(path)
     old = state["config"]
@@ -747,18 +792,23 @@ def resume(path, config, net, ema, optimizer):
     if changed:
         raise InputError(f"{path} is of another run ({'; '.join(changed[:3])}): "
                          "choose another --out or remove it")
-    net.load_state_dict(state["model"])
-    ema.state = {k: v.to(ema.state[k].device) for k, v in state["ema"].items()}
-    optimizer.load_state_dict(state["optimizer"])
-    print(f"continuing {path} at step {state['step']}")
-    return state["step"], state["log"]
+    with fitting(path):
+        net.load_state_dict(state["model"])
+        ema.state = {k: v.to(ema.state[k].device) for k, v in state["ema"].items()}
+        optimizer.load_state_dict(state["optimizer"])
+        print(f"continuing {path} at step {int(state['step'])}")
+        return state["step"], state["log"]
 
 
 def save_training(path, config, net, ema, optimizer, step, log):
-    """Checkpoint a training after `step` steps. FloatingPointError, and no file, for a loss not finite."""
-    if log and not np.isfinite(log[-1][1]):
-        raise FloatingPointError(f"the loss became {log[-1][1]} by step {log[-1][0]}; "
-                                 f"{path} keeps the last good state")
+    """Checkpoint a training after `step` steps. FloatingPointError, and no file, where the loss or, which it
+    shows a step later, a weight is not finite."""
+    bad = [(at, f"the loss became {loss}") for at, loss, *_ in log if not np.isfinite(loss)]
+    if not all(v.isfinite().all() for v in net.state_dict().values()):
+        bad.append((step, "weights became infinite"))
+    if bad:
+        raise FloatingPointError(f"{bad[0][1]} by step {bad[0][0]}; {path} keeps the last good state: try a "
+                                 "smaller --lr")
     save_checkpoint(path, config=config, model=net.state_dict(), ema=ema.state,
                     optimizer=optimizer.state_dict(), step=step, log=log)
 

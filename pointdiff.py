@@ -39,6 +39,7 @@ from fairdiff import (
     Parser,
     autocast,
     fingerprint,
+    fitting,
     group_number,
     known_groups,
     load_checkpoint,
@@ -514,8 +515,9 @@ def train(args):
 def load_points(path, device):
     """The trained network (EMA weights, eval mode), its diffusion and its config."""
     state = load_checkpoint(path, "points", "run `python pointdiff.py train SET.npz --out points.pt` first")
-    net, ddpm = build(state["config"])
-    net.load_state_dict(state["ema"])
+    with fitting(path):
+        net, ddpm = build(state["config"])
+        net.load_state_dict(state["ema"])
     return net.to(device).eval(), ddpm, state["config"]
 
 

@@ -30,6 +30,7 @@ from fairdiff import (
     Parser,
     autocast,
     fingerprint,
+    fitting,
     group_codes,
     known_groups,
     load_checkpoint,
@@ -551,8 +552,9 @@ def segment(net, images, device, dtype=None, batch=100):
 def load_segmenter(path, device):
     """The trained network (EMA weights, eval mode) of a checkpoint."""
     state = load_checkpoint(path, "transunet", "run `python transunet.py train SET.npz --out seg.pt` first")
-    net = build(state["config"])
-    net.load_state_dict({k: v for k, v in state["ema"].items() if not k.startswith("fair.")})
+    with fitting(path):
+        net = build(state["config"])
+        net.load_state_dict({k: v for k, v in state["ema"].items() if not k.startswith("fair.")})
     return net.to(device, memory_format=torch.channels_last).eval()
 
 
