@@ -16,6 +16,7 @@ Expect at SCALE=cpu (2 cores without bf16): base 350 steps in 57 s, ControlNet 1
 84 s; a judge's Dice on them is 0.99 (rare group) to 1.02 of its Dice on real images (phantom, seed 0; 250 and
 1,000 steps in 236 s: 0.95 to 1.01).
 """
+import fairdiff  # isort: skip  # noqa: F401  first, so that a Ctrl-C while torch loads is one line
 import copy
 import csv
 import math

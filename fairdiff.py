@@ -32,6 +32,17 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 from tqdm import tqdm
 
+INTERRUPTED = "interrupted; the same command again continues"
+
+
+def _one_line(kind, error, trace):
+    """A Ctrl-C before a command has begun, as while torch is loaded, is no traceback either."""
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, trace)
+    print(f"{pathlib.Path(sys.argv[0]).name}: {INTERRUPTED}", file=sys.stderr)
+
+
+sys.excepthook = _one_line
 # N images, H W pixels, G groups. torch takes two seconds to import, so only the functions that need it do.
 
 # ------------------------------------------------------------------------------------------------------------
@@ -513,7 +524,7 @@ def run_command(parser, argv):
             raise
         code, line = 1, f"out of memory: a smaller --batch or --size helps ({_clean(e)})"
     except KeyboardInterrupt:
-        code, line = 130, "interrupted; the same command again continues"
+        code, line = 130, INTERRUPTED
     print(f"{parser.prog}: {printable(line)}", file=sys.stderr)
     return code
 

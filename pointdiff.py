@@ -18,6 +18,7 @@ valid (2026-11-24, seed 0, phantom). `score` says how like real masks they are.
 Tried: explicit moments of the cloud as input (no better), a third block (fewer steps in the same time: discs
 too small), a network for each group and --predict eps (the README has the figures).
 """
+import fairdiff  # isort: skip  # noqa: F401  first, so that a Ctrl-C while torch loads is one line
 import csv
 import math
 import sys

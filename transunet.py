@@ -13,6 +13,7 @@ Expect at 64 px, batch 16, on 2 cores without bf16: 6 steps a second; 280 steps 
 cup) of 0.89 on the phantom's test split, 0.82 in the rare group (seed 0). There oversampling lifts the rare
 group to 0.87 and GroupDRO to 0.86, FairSeg's scaling (0.82) and ADV (0.81) do not lift it.
 """
+import fairdiff  # isort: skip  # noqa: F401  first, so that a Ctrl-C while torch loads is one line
 import math
 import sys
 import zipfile
