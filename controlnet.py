@@ -414,7 +414,8 @@ def agree(args):
         counts.append(np.bincount(code[code >= 0], minlength=len(names)))
     n, both = counts[0], np.isfinite(sides[0] * sides[1]).all((1, 2))
     if not both.any():
-        raise InputError(f"{args.synthetic} and {args.real} have no group of {args.attribute} in common")
+        raise InputError(f"no group of {args.attribute} is in {args.synthetic} and {args.real} with rims and "
+                         f"cups that {args.judge} finds")
     rows = [(names[g], n[g], *(s[g] for s in sides)) for g in np.flatnonzero(both)]
     rows.append(("pooled", n[both].sum(), *(s[both].mean(0) for s in sides)))      # every group counts alike
     print(f"{'agreement':<12}{'structure':<10}{'n':>6}{'Dice':>8}{'real':>8}{'ratio':>8}"
@@ -479,6 +480,8 @@ def quality(args):
     for data, path in zip(sets, (args.synthetic, args.train, args.test), strict=True):
         check_size(data, path)
         check_grid(data, path, nets[1][2])
+        if data["image"].shape[1:] != sets[0]["image"].shape[1:]:
+            raise InputError(f"{path}: images of another size than in {args.synthetic}")
     synthetic, train, test = sets
     counts = np.array([np.bincount(c[c >= 0], minlength=len(names)) for c in codes])
     counts[2] //= 2                                                     # two disjoint sets of held-out images

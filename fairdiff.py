@@ -24,6 +24,7 @@ import pathlib
 import re
 import sys
 import time
+import warnings
 import zipfile
 import zlib
 
@@ -43,6 +44,7 @@ def _one_line(kind, error, trace):
 
 
 sys.excepthook = _one_line
+warnings.filterwarnings("ignore", "Mean of empty slice")                # the NaN that it gives says it
 # N images, H W pixels, G groups. torch takes two seconds to import, so only the functions that need it do.
 
 # ------------------------------------------------------------------------------------------------------------
@@ -392,7 +394,7 @@ def split_fairseg(folder, names, files=None, skip_missing=False):
             part = [{"1": 0, "true": 0, "0": 1, "false": 1}.get(str(r.get("train")).lower()) for r in rows]
             column = max(filter(None, rows[0]) if rows else [""], key=lambda c: sum(
                 _patient(r[c] or "") in place for r in rows))
-            if None in part or not column:
+            if None in part or not any(_patient(r[column] or "") in place for r in rows):
                 raise InputError(f"{where}: expected a column `train` of 1 and 0 and a column of file names")
             tables = [[r[column] or "" for r, p in zip(rows, part, strict=True) if p == k] for k in (0, 1)]
         listed = [{_patient(line) for line in table if line.strip()} for table in tables]
@@ -581,7 +583,7 @@ def check_set(data, where):
     for key in ("image", "mask"):
         if key not in data:
             raise InputError(f"{where}: no array {key!r}; found {', '.join(map(_clean, data)) or 'nothing'}")
-        if data[key].ndim != 3 or data[key].dtype != np.uint8:
+        if data[key].ndim != 3 or data[key].dtype != np.uint8 or 0 in data[key].shape[1:]:
             raise InputError(f"{where}: {key} is {data[key].dtype} {data[key].shape}; "
                              "expected uint8 (N, H, W)")
     n = len(data["image"])

@@ -559,6 +559,15 @@ def sample_valid(net, ddpm, config, group, n, steps, generator, accept=is_valid)
     return np.stack(kept[:n]), drawn, len(kept)
 
 
+def read_masks(clouds, size):
+    """Masks uint8 (M, H, W) of sampled clouds (M, N, 3); InputError where one is smaller than a pixel."""
+    try:
+        return np.stack([points_to_mask(c, size) for c in clouds])
+    except ValueError as e:
+        raise InputError(f"a sampled cloud gives no mask of {size} pixels ({e}): train longer or give a "
+                         "larger --size") from None
+
+
 def sample(args):
     """Draw masks of one group, or of every group, into a dataset file whose images are 0."""
     device, _ = pick_device(args.device)
@@ -574,7 +583,7 @@ def sample(args):
                                             is_readable if args.rough else is_valid)
         share = np.mean([is_valid(c) for c in clouds]) if args.rough else valid / drawn
         print(f"{names[g]}: {n} masks, {drawn - valid} of {drawn} clouds rejected ({share:.1%} valid)")
-        masks += [points_to_mask(c, size) for c in clouds]
+        masks += [*read_masks(clouds, size)]
         codes += [g] * n
         rows.append([m * 127 for m in masks[-n:][:8]])
     mask, code = np.stack(masks), np.array(codes, np.int8)
@@ -669,7 +678,7 @@ def score(args):
             clouds, drawn, valid = sample_valid(net, ddpm, config, g, n, steps, generator)
             rows = [("ms a cloud", 1000 * (time.perf_counter() - started) / drawn, 0.0),
                     ("valid", valid / drawn, 1.0)]
-            made = np.stack([points_to_mask(c, held.shape[1:]) for c in clouds])
+            made = read_masks(clouds, held.shape[1:])
             rows += compare_masks(made, known, held[:n], held[n:2 * n])
             table += [(names[g], n, steps, *row) for row in rows]
             if steps == args.steps[-1]:
