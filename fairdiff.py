@@ -495,7 +495,14 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see `python {self.prog} --help`)")
 
     def check(self, args):
-        """InputError where a number is not finite or too small. 2^31: (seed << 32) + step has 64 bits."""
+        """InputError where a number is not finite or too small, or --out cannot be written, before any work.
+
+        2^31: (seed << 32) + step has 64 bits.
+        """
+        out = pathlib.Path(getattr(args, "out", "."))
+        above = next(folder for folder in out.absolute().parents if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise InputError(f"{out}: cannot be made, {above} is no folder that can be written to")
         for name, value in vars(args).items():
             for v in value if isinstance(value, list) else [value]:
                 least = 0 if name in ("seed", "train", "test", "val") else 1
@@ -538,7 +545,7 @@ def printable(text):
 
 def _clean(text):
     """Text from outside as one printable line that is not endless."""
-    return printable(text)[:200]
+    return printable(" ".join(str(text).split()))[:200]
 
 
 def make_folder(path):
@@ -555,6 +562,8 @@ def replacing(path):
     """Yield a temporary path that takes the place of `path` on success and vanishes on failure."""
     path = pathlib.Path(path)
     make_folder(path.parent)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; expected the name of a file")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")      # same folder: rename is atomic there
     try:
         yield temporary
@@ -687,6 +696,8 @@ def pick_device(name="auto"):
     """
     import torch
 
+    if not re.fullmatch(r"auto|cpu|cuda(:\d)?", name):
+        raise InputError(f"--device {name}: expected auto, cpu or cuda")
     if name == "auto":
         name, why = ("cuda", "CUDA works") if torch.cuda.is_available() else ("cpu", "no CUDA device")
     else:
@@ -743,7 +754,8 @@ def save_checkpoint(path, **state):
 
     with replacing(path) as temporary:
         try:
-            torch.save(state, temporary)
+            with open(temporary, "wb") as file:                         # its name would enter the archive
+                torch.save(state, file)
         except RuntimeError as e:                                       # what torch makes of a full disk
             raise InputError(f"{path}: cannot be written, is the disk full? ({_clean(e)})") from None
 
@@ -789,6 +801,13 @@ def resume(path, config, net, ema, optimizer):
     import fcntl
 
     path = pathlib.Path(path)
+    state = load_checkpoint(path) if path.exists() else None
+    old = state["config"] if state else config
+    changed = [f"{k} {_clean(old.get(k))} -> {_clean(config.get(k))}" for k in sorted({*old, *config})
+               if old.get(k) != config.get(k)]
+    if changed:
+        raise InputError(f"{path} is of another run ({'; '.join(changed[:3])}): "
+                         "choose another --out or remove it")
     ema.lock = open(make_folder(path.parent) / f".{path.name}.lock", "a")      # held as long as the average
     try:
         fcntl.flock(ema.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -796,15 +815,8 @@ def resume(path, config, net, ema, optimizer):
         raise InputError(f"{path}: another run trains it; wait, or choose another --out") from None
     for left in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.part"):    # by a run killed as it wrote
         left.unlink()
-    if not path.exists():
+    if state is None:
         return 0, []
-    state = load_checkpoint(path)
-    old = state["config"]
-    changed = [f"{k} {_clean(old.get(k))} -> {_clean(config.get(k))}" for k in sorted({*old, *config})
-               if old.get(k) != config.get(k)]
-    if changed:
-        raise InputError(f"{path} is of another run ({'; '.join(changed[:3])}): "
-                         "choose another --out or remove it")
     with fitting(path):
         net.load_state_dict(state["model"])
         ema.state = {k: v.to(ema.state[k].device) for k, v in state["ema"].items()}

@@ -468,9 +468,9 @@ def table(args):
         print(f"{title}\n", *layout(columns), "", sep="\n")
         text += [f"## {title}", "", *layout(columns, markdown=True), ""]
     print(*notes, f"written: {args.out}, {markdown}", sep="\n")
-    with replacing(markdown) as path:
-        path.write_text("\n".join(text + [html.escape(n, False) for n in notes]) + "\n", encoding="utf-8")
-    with replacing(args.out) as path, open(path, "w", newline="", encoding="utf-8") as file:
+    with (replacing(markdown) as note, replacing(args.out) as path,
+          open(path, "w", newline="", encoding="utf-8") as file):
+        note.write_text("\n".join(text + [html.escape(n, False) for n in notes]) + "\n", encoding="utf-8")
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow("attribute method seed structure metric group value lo hi n".split())
         for (method, seed, structure, metric), rows in report.items():

@@ -16,7 +16,6 @@ group to 0.87 and GroupDRO to 0.86, FairSeg's scaling (0.82) and ADV (0.81) do n
 import fairdiff  # isort: skip  # noqa: F401  first, so that a Ctrl-C while torch loads is one line
 import math
 import sys
-import zipfile
 
 import numpy as np
 import torch
@@ -38,6 +37,7 @@ from fairdiff import (
     load_set,
     outline,
     pick_device,
+    read_arrays,
     resume,
     run_command,
     save_set,
@@ -240,9 +240,9 @@ class TransUNet(nn.Module):
                          f"blocks.{i}.{ours}.bias": f"{there}/bias"}
         own = dict(self.named_parameters())
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {k: torch.as_tensor(np.asarray(file[v], np.float32)) for k, v in keys.items()}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
+            file = read_arrays(path, set(keys.values()))
+            arrays = {k: torch.as_tensor(np.asarray(file[v], np.float32)) for k, v in keys.items()}
+        except (OSError, ValueError, KeyError, InputError) as e:
             raise InputError(f"{path}: not the R50+ViT-B_16.npz of ImageNet-21k ({e})") from None
         for name, a in arrays.items():
             p = own[name]
