@@ -537,10 +537,10 @@ def sample_clouds(net, ddpm, config, group, n, steps, generator, batch=100, fram
     return np.concatenate(out) * std + mean
 
 
-def is_readable(points):
-    """Whether points_to_mask can make anything of a cloud, however rough."""
+def is_readable(points, size=64):
+    """Whether points_to_mask can make anything of a cloud at a size, however rough."""
     try:
-        points_to_mask(points, 64)
+        points_to_mask(points, size)
     except ValueError:
         return False
     return True
@@ -580,7 +580,7 @@ def sample(args):
     masks, codes, rows = [], [], []
     for g in groups:
         clouds, drawn, valid = sample_valid(net, ddpm, config, g, n, args.steps, generator,
-                                            is_readable if args.rough else is_valid)
+                                            (lambda c: is_readable(c, size)) if args.rough else is_valid)
         share = np.mean([is_valid(c) for c in clouds]) if args.rough else valid / drawn
         print(f"{names[g]}: {n} masks, {drawn - valid} of {drawn} clouds rejected ({share:.1%} valid)")
         masks += [*read_masks(clouds, size)]
