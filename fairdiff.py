@@ -504,13 +504,17 @@ class Parser(argparse.ArgumentParser):
         if not above.is_dir() or not os.access(above, os.W_OK):
             raise InputError(f"{out}: cannot be made, {above} is no folder that can be written to")
         for name, value in vars(args).items():
+            least = 0 if name in ("seed", "train", "test", "val") else 1
             for v in value if isinstance(value, list) else [value]:
-                least = 0 if name in ("seed", "train", "test", "val") else 1
-                if (type(v) is int and not least <= v < 2 ** 31 or name == "width" and v % 8
-                        or type(v) is float and not (math.isfinite(v) and (v > 0 or name != "lr"))):
-                    self.error(f"--{name.replace('_', '-')} {v}: expected " + (
-                        "a finite number" + ", more than 0" * (name == "lr") if type(v) is float else
-                        "a multiple of 8" if name == "width" else f"a whole number from {least} to {2 ** 31 - 1}"))
+                want = None
+                if type(v) is int and not least <= v < 2 ** 31:
+                    want = f"a whole number from {least} to {2 ** 31 - 1}"
+                elif name == "width" and v % 8:
+                    want = "a multiple of 8"
+                elif type(v) is float and not (math.isfinite(v) and (v > 0 or name != "lr")):
+                    want = "a finite number" + ", more than 0" * (name == "lr")
+                if want:
+                    self.error(f"--{name.replace('_', '-')} {v}: expected {want}")
 
 
 def run_command(parser, argv):
