@@ -264,20 +264,8 @@ FAIRSEG_KEYS = {                                                        # the na
 RACE_BOOKS = {"012": {0: 0, 1: 1, 2: 2}, "237": {2: 0, 3: 1, 7: 2}}     # Asian, Black, White
 
 
-def _one_number(path, key, array, codes):
-    """A scalar of any numeric type as float, NaN unknown; InputError unless it is -1, NaN or among codes."""
-    value = np.ravel(array)
-    if value.size != 1 or value.dtype.kind not in "buif":
-        raise InputError(f"{path}: {key} is {value.dtype} {value.shape}; expected one number")
-    if value[0] == -1 or np.isnan(value[0]):
-        return np.nan
-    if value[0] not in codes:
-        raise InputError(f"{path}: {key} is {value[0]}; expected -1 or one of {', '.join(map(str, codes))}")
-    return float(value[0])
-
-
 def _read_fairseg_file(path, crop, image_out, mask_out, seen):
-    """One patient: fills image_out and mask_out, uint8 (size, size); returns {attribute: number or NaN}.
+    """One patient: fills image_out and mask_out, uint8 (size, size); returns {attribute: number}.
 
     Counts in `seen` what it took the file for. InputError names the file and the reason.
     """
@@ -299,13 +287,15 @@ def _read_fairseg_file(path, crop, image_out, mask_out, seen):
     low, high = label.min(), label.max()
     if (label != mask).any() or low < -2 or high > 2 or low < 0 < high:
         raise InputError(f"{path}: mask labels {np.unique(mask)[:6].tolist()}; expected 0, -1, -2 or 0, 1, 2")
-    row = {k: _one_number(path, key[k], found[key[k]] if key[k] else -1,
-                          (*RACE_BOOKS["012"], 3, 7) if k == "race" else range(len(ATTRIBUTES[k])))
-           for k in ATTRIBUTES}
-    age = found[key["age"]] if key["age"] else -1
-    if np.size(age) != 1 or np.asarray(age).dtype.kind not in "buif" or np.isinf(age):
-        raise InputError(f"{path}: age is {_clean(age)}; expected one number of years or days, or -1")
-    row["age"] = float(np.ravel(age)[0])
+    row = {}
+    for k in (*ATTRIBUTES, "age"):
+        value = np.ravel(found[key[k]] if key[k] else -1)
+        if value.size != 1 or value.dtype.kind not in "buif" or np.isinf(value[0]):
+            raise InputError(f"{path}: {key[k]} is {value.dtype} {value.shape}; expected one number")
+        row[k] = -1.0 if np.isnan(value[0]) else float(value[0])
+        codes = (0, 1, 2, 3, 7) if k == "race" else range(len(ATTRIBUTES.get(k, ())))
+        if k != "age" and row[k] not in (-1, *codes):
+            raise InputError(f"{path}: {key[k]} is {value[0]}; expected -1, {', '.join(map(str, codes))}")
     seen.update([("key", key["image"]), ("key", key["mask"]), ("size", "{}x{}".format(*image.shape))])
     seen.update(("label", v) for v in range(-2, 3) if (label == v).any())
     if image.dtype != np.uint8:
@@ -357,7 +347,6 @@ def load_fairseg(folder, size, crop=512, race_codes=None, skip_bad=False):
     column["race"] = np.array([book.get(r, -1) for r in column["race"]])
     age = np.where(column["age"] > 0, column["age"], np.nan)
     days = np.nanmedian(np.r_[age, 0]) > 150                            # one release counts days
-    column = {k: np.nan_to_num(v, nan=-1) for k, v in column.items()}
     column["age"] = (age / 365.25 if days else age).astype(np.float32)
     for what, title in (("key", "keys"), ("size", "pixels"), ("label", "mask labels")):
         print(f"{title}: " + ", ".join(f"{v} ({n} files)" for (k, v), n in sorted(seen.items()) if k == what))
@@ -392,8 +381,8 @@ def split_fairseg(folder, names, files=None, skip_missing=False):
         if len(files) == 1:
             rows = list(csv.DictReader(tables[0]))
             part = [{"1": 0, "true": 0, "0": 1, "false": 1}.get(str(r.get("train")).lower()) for r in rows]
-            column = max(filter(None, rows[0]) if rows else [""], key=lambda c: sum(
-                _patient(r[c] or "") in place for r in rows))
+            columns = [c for c in rows[0] if c is not None] if rows else [""]
+            column = max(columns, key=lambda c: sum(_patient(r[c] or "") in place for r in rows))
             if None in part or not any(_patient(r[column] or "") in place for r in rows):
                 raise InputError(f"{where}: expected a column `train` of 1 and 0 and a column of file names")
             tables = [[r[column] or "" for r, p in zip(rows, part, strict=True) if p == k] for k in (0, 1)]
