@@ -161,12 +161,13 @@ def test_a_second_run_on_the_same_out_is_refused(work):
     while not (work / "o/x.pt").exists():
         assert first.is_alive()
         time.sleep(0.05)
-    code = transunet.main([*line.replace("set.npz", f"{work}/set.npz").replace("--steps 7", "--steps 9999").split(),
-                           "--out", f"{work}/o/x.pt"])
+    again = line.replace("--steps 7", "--steps 9999").replace("set.npz", "../set.npz") + " --out x.pt"
+    code, error = run(work / "o", module, again, kill_after=60)
     alive = first.is_alive()
     first.kill()
     first.join()
-    assert code == 2 and alive and fairdiff.load_checkpoint(work / "o/x.pt")["step"] >= 2
+    assert code == 2 and len(error) == 1 and "another run" in error[0] and alive
+    assert fairdiff.load_checkpoint(work / "o/x.pt")["step"] >= 2
     (work / "out/log").mkdir(parents=True)
     with open(work / "out/log/lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -247,7 +248,7 @@ def npz(path, **members):
 
 
 READERS = [(fairdiff, "mix {} set.npz"), (fairdiff, "fairseg seg"), (pointdiff, "train {}"), (transunet, "predict plain.pt {}"),
-           (transunet, "train set.npz --base --weights {}"), (controlnet, "sample control.pt {}"), (fairness, "table set.npz {}")]
+           (transunet, "train set.npz --weights {}"), (controlnet, "sample control.pt {}"), (fairness, "table set.npz {}")]
 CHECKPOINT_READERS = [(pointdiff, "sample {}"), (transunet, "predict {} set.npz"), (transunet, "train set.npz --out {}"),
                       (controlnet, "sample {} set.npz"), (controlnet, "train-control set.npz {}"),
                       (controlnet, "train-control set.npz base.pt --reader {} --out y.pt")]

@@ -234,7 +234,7 @@ BAD = [
     (pointdiff, "train set.npz --width 7", "multiple of 8"), (pointdiff, "train set.npz --out file/x.pt", "no folder"),
     (pointdiff, "train set.npz --device abacus", "expected auto, cpu or cuda"), (pointdiff, "sample kind.pt --n 0", "--n 0"),
     (pointdiff, "sample old.pt", "not a checkpoint of this version"), (pointdiff, "score old.pt set.npz set.npz --steps 8 0", "--steps 0"),
-    (transunet, "train set.npz --val nan", "--val nan"), (transunet, "train set.npz --base --weights set.npz", "ImageNet"),
+    (transunet, "train set.npz --val nan", "--val nan"), (transunet, "train set.npz --weights set.npz", "ImageNet"),
     (transunet, "predict bare.pt set.npz", "not a checkpoint of this version"), (transunet, "predict seg set.npz", "readable"),
     (controlnet, "train-base set.npz --patch 3", "divisible by 12"), (controlnet, "sample kind.pt set.npz --guidance inf", "--guidance"),
     (controlnet, "quality kind.pt a b set.npz set.npz set.npz --n 0", "--n 0"), (fairness, "table set.npz set.npz --out x.md", ".md"),
