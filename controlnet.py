@@ -16,6 +16,7 @@ Expect at SCALE=cpu (2 cores without bf16): base 350 steps in 57 s, ControlNet 1
 84 s; a judge's Dice on them is 0.99 (rare group) to 1.02 of its Dice on real images (phantom, seed 0; 250 and
 1,000 steps in 236 s: 0.95 to 1.01).
 """
+import fairdiff  # isort: skip  # noqa: F401  first, so that a Ctrl-C while torch loads is one line
 import copy
 import csv
 import math
@@ -35,6 +36,7 @@ from fairdiff import (
     Parser,
     autocast,
     fingerprint,
+    fitting,
     group_codes,
     known_groups,
     load_checkpoint,
@@ -214,8 +216,9 @@ def build(config):
 def load_painter(path, kind, device):
     """The trained network (EMA weights) of a "base" or "control" checkpoint, its diffusion and its config."""
     state = load_checkpoint(path, kind, HELP_BASE if kind == "base" else HELP_CONTROL)
-    net, ddpm = build(state["config"])
-    net.load_state_dict(state["ema"])
+    with fitting(path):
+        net, ddpm = build(state["config"])
+        net.load_state_dict(state["ema"])
     return net.to(device, memory_format=torch.channels_last), ddpm, state["config"]
 
 
@@ -411,7 +414,8 @@ def agree(args):
         counts.append(np.bincount(code[code >= 0], minlength=len(names)))
     n, both = counts[0], np.isfinite(sides[0] * sides[1]).all((1, 2))
     if not both.any():
-        raise InputError(f"{args.synthetic} and {args.real} have no group of {args.attribute} in common")
+        raise InputError(f"no group of {args.attribute} is in {args.synthetic} and {args.real} with rims and "
+                         f"cups that {args.judge} finds")
     rows = [(names[g], n[g], *(s[g] for s in sides)) for g in np.flatnonzero(both)]
     rows.append(("pooled", n[both].sum(), *(s[both].mean(0) for s in sides)))      # every group counts alike
     print(f"{'agreement':<12}{'structure':<10}{'n':>6}{'Dice':>8}{'real':>8}{'ratio':>8}"
@@ -476,6 +480,8 @@ def quality(args):
     for data, path in zip(sets, (args.synthetic, args.train, args.test), strict=True):
         check_size(data, path)
         check_grid(data, path, nets[1][2])
+        if data["image"].shape[1:] != sets[0]["image"].shape[1:]:
+            raise InputError(f"{path}: images of another size than in {args.synthetic}")
     synthetic, train, test = sets
     counts = np.array([np.bincount(c[c >= 0], minlength=len(names)) for c in codes])
     counts[2] //= 2                                                     # two disjoint sets of held-out images

@@ -13,12 +13,18 @@ device, the preview sheet and the one-line error. Nothing here imports another f
 """
 import argparse
 import base64
+import collections
 import contextlib
+import csv
+import glob
 import html
+import math
 import os
 import pathlib
+import re
 import sys
 import time
+import warnings
 import zipfile
 import zlib
 
@@ -27,6 +33,18 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 from tqdm import tqdm
 
+INTERRUPTED = "interrupted; the same command again continues"
+
+
+def _one_line(kind, error, trace):
+    """A Ctrl-C before a command has begun, as while torch is loaded, is no traceback either."""
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, trace)
+    print(f"{pathlib.Path(sys.argv[0]).name}: {INTERRUPTED}", file=sys.stderr)
+
+
+sys.excepthook = _one_line
+warnings.filterwarnings("ignore", "Mean of empty slice")                # the NaN that it gives says it
 # N images, H W pixels, G groups. torch takes two seconds to import, so only the functions that need it do.
 
 # ------------------------------------------------------------------------------------------------------------
@@ -248,50 +266,76 @@ FAIRSEG_KEYS = {                                                        # the na
 RACE_BOOKS = {"012": {0: 0, 1: 1, 2: 2}, "237": {2: 0, 3: 1, 7: 2}}     # Asian, Black, White
 
 
-def _read_fairseg_file(path, crop, size):
-    """One patient: image uint8 (size, size), mask uint8 (size, size) and a dict of attribute scalars."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {k: file[k] for k in file.files}
-    except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError) as e:
-        raise InputError(f"{path}: not a readable .npz without pickle ({_clean(e)})") from None
-    row = {}
-    for want in ("image", "mask", *ATTRIBUTES, "age"):
-        names = FAIRSEG_KEYS.get(want, (want,))
-        key = next((k for k in names if k in found), None)
-        if key is None and want in ("image", "mask"):
-            raise InputError(f"{path}: no key {' or '.join(names)}; found {', '.join(map(_clean, found))}")
-        row[want] = found[key] if key else np.array(-1)
-    image, mask = np.squeeze(row.pop("image")), np.squeeze(row.pop("mask"))
+def _read_fairseg_file(path, crop, image_out, mask_out, seen):
+    """One patient: fills image_out and mask_out, uint8 (size, size); returns {attribute: number}.
+
+    Counts in `seen` what it took the file for. InputError names the file and the reason.
+    """
+    names = {want: FAIRSEG_KEYS.get(want, (want,)) for want in ("image", "mask", *ATTRIBUTES, "age")}
+    found = read_arrays(path, sum(names.values(), ()))
+    key = {want: next((k for k in names[want] if k in found), None) for want in names}
+    for want in ("image", "mask"):
+        if key[want] is None:
+            raise InputError(f"{path}: no key {' or '.join(names[want])}; found {', '.join(found)}")
+    image, mask = np.squeeze(found[key["image"]]), np.squeeze(found[key["mask"]])
     if image.ndim == 3:                                                # some releases repeat the grey channel
         image = image[..., 0] if image.shape[-1] in (3, 4) else image[0]
-    if image.shape != mask.shape or image.ndim != 2:
+    if image.shape != mask.shape or image.ndim != 2 or not image.size:
         raise InputError(f"{path}: image {image.shape} and mask {mask.shape}; expected one shape (H, W)")
-    if not np.isin(mask, (-2, -1, 0, 1, 2)).all():
+    if not {image.dtype.kind, mask.dtype.kind} <= set("buif") or not 0 <= image.min() <= image.max() <= 255:
+        raise InputError(f"{path}: image {image.dtype}, mask {mask.dtype}; expected numbers, image 0 to 255")
+    with np.errstate(invalid="ignore"):
+        label = mask.astype(np.int8)
+    low, high = label.min(), label.max()
+    if (label != mask).any() or low < -2 or high > 2 or low < 0 < high:
         raise InputError(f"{path}: mask labels {np.unique(mask)[:6].tolist()}; expected 0, -1, -2 or 0, 1, 2")
-    mask = np.abs(mask).astype(np.uint8)                                # both codes mean 1 rim, 2 cup
+    row = {}
+    for k in (*ATTRIBUTES, "age"):
+        value = np.ravel(found[key[k]] if key[k] else -1)
+        if value.size != 1 or value.dtype.kind not in "buif" or np.isinf(value[0]):
+            raise InputError(f"{path}: {key[k]} is {value.dtype} {value.shape}; expected one number")
+        row[k] = -1.0 if np.isnan(value[0]) else float(value[0])
+        codes = (0, 1, 2, 3, 7) if k == "race" else range(len(ATTRIBUTES.get(k, ())))
+        if k != "age" and row[k] not in (-1, *codes):
+            raise InputError(f"{path}: {key[k]} is {value[0]}; expected -1, {', '.join(map(str, codes))}")
+    seen.update([("key", key["image"]), ("key", key["mask"]), ("size", "{}x{}".format(*image.shape))])
+    seen.update(("label", v) for v in range(-2, 3) if (label == v).any())
     if image.dtype != np.uint8:
-        image = np.clip(image * (255 if image.max() <= 1 else 1), 0, 255).astype(np.uint8)
+        image = (image * (255.0 if image.dtype.kind in "bf" and image.max() <= 1 else 1)).astype(np.uint8)
     side = min(*image.shape, crop)
     top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
-    box = (left, top, left + side, top + side)
-    image = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=3)
-    mask = Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST, box=box)  # labels never blend
-    return np.asarray(image), np.asarray(mask), {k: float(np.ravel(v)[0]) for k, v in row.items()}
+    box, size = (left, top, left + side, top + side), mask_out.shape
+    image_out[:] = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR, box=box, reducing_gap=3)
+    mask = Image.fromarray(np.abs(label).view(np.uint8))                # both codes mean 1 rim, 2 cup
+    mask_out[:] = mask.resize(size, Image.Resampling.NEAREST, box=box)                # labels never blend
+    return row
 
 
-def load_fairseg(folder, size, crop=512, race_codes=None):
+def load_fairseg(folder, size, crop=512, race_codes=None, skip_bad=False):
     """All patients of a folder of Harvard-FairSeg .npz files, in name order, as one dataset dict.
 
     The largest centred square of at most crop pixels is cut out and resized to size (masks: nearest). Race
-    comes in two books that share the code 2, so the book is decided over the whole folder. InputError names
-    the bad file.
+    comes in two books that share the code 2, so the book is decided over the whole folder; so is the unit of
+    age. Prints what the files were taken for. InputError where a file cannot be used (all are listed with the
+    reason; skip_bad: they are left out) or the book cannot be decided.
     """
     paths = sorted(pathlib.Path(folder).glob("*.npz"))
     if not paths:
         raise InputError(f"{folder}: no .npz files; expected Harvard-FairSeg's data_00001.npz, ...")
-    patients = [_read_fairseg_file(p, crop, size) for p in tqdm(paths, "fairseg", leave=False)]
-    images, masks, rows = zip(*patients, strict=True)
+    images, masks = (np.empty((len(paths), size, size), np.uint8) for _ in range(2))
+    names, rows, bad, seen = [], [], [], collections.Counter()
+    for path in tqdm(paths, "fairseg"):
+        try:
+            rows.append(_read_fairseg_file(path, crop, images[len(rows)], masks[len(rows)], seen))
+            names.append(path.stem)
+        except InputError as e:
+            bad.append(str(e))
+    if bad:
+        print(*map(printable, bad), sep="\n")
+        if not skip_bad or not rows:
+            raise InputError(f"{len(bad)} of {len(paths)} files cannot be used, all listed above, such as "
+                             f"{bad[0]}; --skip-bad leaves them out")
+        print(f"{len(bad)} of {len(paths)} files left out")
     column = {k: np.array([r[k] for r in rows]) for k in rows[0]}
     race = {int(r) for r in column["race"] if r >= 0}
     if race_codes is None:
@@ -299,25 +343,84 @@ def load_fairseg(folder, size, crop=512, race_codes=None):
     if race_codes is None:
         raise InputError(f"{folder}: race is 2 in every file, White in one book and Asian in the other: "
                          "say --race-codes 012 or --race-codes 237")
-    if race - set(RACE_BOOKS[race_codes]):
-        raise InputError(f"{folder}: race codes {sorted(race)}, expected {list(RACE_BOOKS[race_codes])}, -1")
-    column["race"] = np.array([RACE_BOOKS[race_codes].get(int(r), -1) for r in column["race"]])
-    age = np.where(column.pop("age") > 0, [r["age"] for r in rows], np.nan)
-    if np.nanmedian(np.r_[age, 0]) > 150:                               # one release counts days
-        age = age / 365.25
-    return check_set({"image": np.stack(images), "mask": np.stack(masks), "age": age.astype(np.float32),
-                      "name": np.array([p.stem for p in paths])} | column, folder)
+    book = RACE_BOOKS[race_codes]
+    if race - set(book):
+        raise InputError(f"{folder}: race codes {sorted(race)}, expected {list(book)}, -1")
+    column["race"] = np.array([book.get(r, -1) for r in column["race"]])
+    age = np.where(column["age"] > 0, column["age"], np.nan)
+    days = np.nanmedian(np.r_[age, 0]) > 150                            # one release counts days
+    column["age"] = (age / 365.25 if days else age).astype(np.float32)
+    for what, title in (("key", "keys"), ("size", "pixels"), ("label", "mask labels")):
+        print(f"{title}: " + ", ".join(f"{v} ({n} files)" for (k, v), n in sorted(seen.items()) if k == what))
+    print(f"race codes {', '.join(map(str, book))} are {', '.join(ATTRIBUTES['race'])}; "
+          f"age in {'days' if days else 'years'}")
+    column |= {"image": images[:len(rows)], "mask": masks[:len(rows)], "name": np.array(names)}
+    return check_set(column, folder)
 
 
-def export_fairseg(data, folder):
-    """Write one FairSeg-format .npz a patient: data_00001.npz, ... with masks coded 0, -1 rim, -2 cup."""
+def _patient(text):
+    """Name of a patient's file from a line of any machine, digits unpadded: 5 and 6 of them mean the same."""
+    stem = text.strip().replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".npz")
+    return re.sub(r"\d+", lambda digits: str(int(digits[0])), stem)
+
+
+def split_fairseg(folder, names, files=None, skip_missing=False):
+    """Row numbers (train, test) of patients called names (N,), both sorted.
+
+    files: [TRAIN.txt, TEST.txt], lines that end in a file name; or [SUMMARY.csv] with a column `train` (1 or
+    0) and one that names the files; None: FOLDER's train.txt and test.txt or its data_summary.csv; without
+    any, the first 8,000 of 10,000 in name order, 80 % of other numbers. Prints how many patients are in no
+    list. InputError where a listed file is missing (skip_missing: printed) or in both parts, or a part empty.
+    """
+    usual = [("train.txt", "test.txt"), ("data_summary.csv",)]
+    usual = [[pathlib.Path(folder, name) for name in group] for group in usual]
+    files = files or next((group for group in usual if all(f.is_file() for f in group)), [])
+    n, place = len(names), {_patient(name): i for i, name in enumerate(names)}
+    parts = np.split(np.arange(n), [8000 if n == 10000 else round(0.8 * n)])
+    where = " and ".join(map(str, files)) or f"name order, {len(parts[0])} to train"
+    if files:
+        tables = [pathlib.Path(f).read_text("utf-8-sig", errors="replace").splitlines() for f in files]
+        if len(files) == 1:
+            rows = list(csv.DictReader(tables[0]))
+            part = [{"1": 0, "true": 0, "0": 1, "false": 1}.get(str(r.get("train")).lower()) for r in rows]
+            columns = [c for c in rows[0] if c is not None] if rows else [""]
+            column = max(columns, key=lambda c: sum(_patient(r[c] or "") in place for r in rows))
+            if None in part or not any(_patient(r[column] or "") in place for r in rows):
+                raise InputError(f"{where}: expected a column `train` of 1 and 0 and a column of file names")
+            tables = [[r[column] or "" for r, p in zip(rows, part, strict=True) if p == k] for k in (0, 1)]
+        listed = [{_patient(line) for line in table if line.strip()} for table in tables]
+        missing = sorted(set().union(*listed) - set(place))
+        if both := sorted(listed[0] & listed[1]):
+            raise InputError(f"{where}: {len(both)} patients are in both parts, such as {both[0]}")
+        if missing:
+            line = f"{where}: {len(missing)} listed files are not in {folder}, such as {missing[0]}"
+            if not skip_missing:
+                raise InputError(f"{line}; --skip-bad leaves them out")
+            print(printable(line))
+        parts = [np.sort(np.array([place[p] for p in part if p in place], int)) for part in listed]
+    if not all(map(len, parts)):
+        raise InputError(f"{folder}: {n} patients split by {where} leave {len(parts[0])} to train and "
+                         f"{len(parts[1])} to test; expected one or more")
+    print(f"split by {where}; {n - sum(map(len, parts))} patients in no part")
+    return parts
+
+
+def export_fairseg(data, folder, race_codes="012"):
+    """Write one FairSeg-format .npz a patient: data_00001.npz, ... with masks coded 0, -1 rim, -2 cup.
+
+    Image and mask come under every name that FairSeg's and FairDiff's loaders look for. race_codes "012" is
+    what FairSeg's read, age in years; "237" what FairDiff's do, age in days.
+    """
     folder = make_folder(folder)
-    for i in tqdm(range(len(data["image"])), "export", leave=False):
+    code = {v: k for k, v in RACE_BOOKS[race_codes].items()} | {-1: -1}
+    for i in tqdm(range(len(data["image"])), "export"):
         scalars = {k: np.int64(data[k][i]) for k in ATTRIBUTES}
-        scalars["age"] = np.float64(-1 if np.isnan(data["age"][i]) else data["age"][i])
-        with replacing(folder / f"data_{i + 1:05d}.npz") as temporary:
-            np.savez_compressed(temporary, slo_fundus=data["image"][i],
-                                disc_cup_mask=-data["mask"][i].astype(np.int16), **scalars)
+        scalars |= {"race": np.int64(code[data["race"][i]]), "pid": np.int64(i + 1), "age": np.float64(
+            -1 if np.isnan(data["age"][i]) else data["age"][i] * (1 if race_codes == "012" else 365.25))}
+        mask = -data["mask"][i].astype(np.int16)
+        with replacing(folder / f"data_{i + 1:05d}.npz") as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, **dict.fromkeys(FAIRSEG_KEYS["image"], data["image"][i]),
+                                **dict.fromkeys(FAIRSEG_KEYS["mask"], mask), **scalars)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -383,16 +486,39 @@ class InputError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose own complaints are one line too."""
+    """argparse whose own complaints are one line too, and that knows which numbers make no sense anywhere."""
 
     def error(self, message):
         raise InputError(f"{message} (see `python {self.prog} --help`)")
+
+    def check(self, args):
+        """InputError where a number is not finite or too small, or --out cannot be written, before any work.
+
+        2^31: (seed << 32) + step has 64 bits.
+        """
+        out = pathlib.Path(getattr(args, "out", "."))
+        above = next(folder for folder in out.absolute().parents if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise InputError(f"{out}: cannot be made, {above} is no folder that can be written to")
+        for name, value in vars(args).items():
+            least = 0 if name in ("seed", "train", "test", "rare", "val") else 1
+            for v in value if isinstance(value, list) else [value]:
+                want = None
+                if type(v) is int and not least <= v < 2 ** 31:
+                    want = f"a whole number from {least} to {2 ** 31 - 1}"
+                elif name == "width" and v % 8:
+                    want = "a multiple of 8"
+                elif type(v) is float and not (math.isfinite(v) and (v > 0 or name != "lr")):
+                    want = "a finite number" + ", more than 0" * (name == "lr")
+                if want:
+                    self.error(f"--{name.replace('_', '-')} {v}: expected {want}")
 
 
 def run_command(parser, argv):
     """Parse argv and call args.run(args). Exit codes: 0 done, 2 bad input, 1 failed, 130 interrupted."""
     try:
         args = parser.parse_args(argv)
+        parser.check(args)
         started = time.perf_counter()
         args.run(args)
         print(f"{parser.prog} {args.command}: {time.perf_counter() - started:.0f} s")
@@ -403,15 +529,24 @@ def run_command(parser, argv):
         code, line = 2, f"{_clean(e.filename or '')}: {_clean(e.strerror or e)}"
     except FloatingPointError as e:
         code, line = 1, str(e)
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and "memory" not in str(e):
+            raise
+        code, line = 1, f"out of memory: a smaller --batch or --size helps ({_clean(e)})"
     except KeyboardInterrupt:
-        code, line = 130, "interrupted; the same command again continues"
-    print(f"{parser.prog}: {line}", file=sys.stderr)
+        code, line = 130, INTERRUPTED
+    print(f"{parser.prog}: {printable(line)}", file=sys.stderr)
     return code
 
 
+def printable(text):
+    """Text from outside as one line without escape sequences for a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))
+
+
 def _clean(text):
-    """Text from outside as one printable line: no escape sequences in a terminal, nothing endless."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))[:200]
+    """Text from outside as one printable line that is not endless."""
+    return printable(" ".join(str(text).split()))[:200]
 
 
 def make_folder(path):
@@ -428,7 +563,9 @@ def replacing(path):
     """Yield a temporary path that takes the place of `path` on success and vanishes on failure."""
     path = pathlib.Path(path)
     make_folder(path.parent)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")           # same folder: rename is atomic there
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; expected the name of a file")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")      # same folder: rename is atomic there
     try:
         yield temporary
         os.replace(temporary, path)
@@ -456,7 +593,7 @@ def check_set(data, where):
     for key in ("image", "mask"):
         if key not in data:
             raise InputError(f"{where}: no array {key!r}; found {', '.join(map(_clean, data)) or 'nothing'}")
-        if data[key].ndim != 3 or data[key].dtype != np.uint8:
+        if data[key].ndim != 3 or data[key].dtype != np.uint8 or 0 in data[key].shape[1:]:
             raise InputError(f"{where}: {key} is {data[key].dtype} {data[key].shape}; "
                              "expected uint8 (N, H, W)")
     n = len(data["image"])
@@ -481,16 +618,50 @@ def check_set(data, where):
     return full | {"name": name}
 
 
+def check_archive(path):
+    """Refuse a zip archive (.npz, .pt) that claims more than it holds, before memory is taken for it.
+
+    FileNotFoundError; ValueError or zipfile.BadZipFile says what is wrong. An array that needs pickle is
+    refused here, too.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if sum(m.compress_size for m in archive.infolist()) > os.path.getsize(path):
+            raise ValueError("its members claim more bytes than the file has")
+        for m in archive.infolist():                    # deflate packs 1032 bytes into one at the very most
+            if m.file_size > m.compress_size * (1032 if m.compress_type == zipfile.ZIP_DEFLATED else 1):
+                raise ValueError(f"{m.filename} claims {m.file_size} bytes, packed in {m.compress_size}")
+            if m.filename.endswith(".npy"):
+                with archive.open(m) as file:
+                    lib, version = np.lib.format, np.lib.format.read_magic(file)
+                    read = lib.read_array_header_1_0 if version == (1, 0) else lib.read_array_header_2_0
+                    shape, _, dtype = read(file)
+                    rest = m.file_size - file.tell()
+                if dtype.hasobject:
+                    raise ValueError(f"{m.filename} needs pickle, which can run code and is never loaded; if "
+                                     "you trust it: np.savez(NEW, **{k: np.array(v.tolist()) for k, v in "
+                                     "np.load(OLD, allow_pickle=True).items()})")
+                if math.prod(shape) * dtype.itemsize != rest:
+                    raise ValueError(f"{m.filename} claims {dtype} {shape} and holds {rest} bytes")
+
+
+def read_arrays(path, wanted=None):
+    """The arrays of a .npz by name, None for those not wanted; FileNotFoundError, InputError if damaged."""
+    try:
+        check_archive(path)
+        with np.load(path, allow_pickle=False) as file:
+            return {k: file[k] if wanted is None or k in wanted else None for k in file.files}
+    except FileNotFoundError:
+        raise
+    except Exception as e:                                      # zip, zlib and numpy raise a dozen types
+        raise InputError(f"{path}: not a readable .npz ({e})") from None
+
+
 def load_set(path):
     """Read and validate one dataset file: a dict of arrays. InputError where it is missing or malformed."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            data = {k: file[k] for k in file.files}
+        return check_set(read_arrays(path), path)
     except FileNotFoundError:
         raise InputError(f"no dataset {path}: `python fairdiff.py phantom --out FOLDER` makes one") from None
-    except (ValueError, OSError, AttributeError, zipfile.BadZipFile, zlib.error, EOFError) as e:
-        raise InputError(f"{path}: not a readable dataset .npz ({_clean(e)})") from None
-    return check_set(data, path)
 
 
 def save_set(path, data):
@@ -526,6 +697,8 @@ def pick_device(name="auto"):
     """
     import torch
 
+    if not re.fullmatch(r"auto|cpu|cuda(:\d)?", name):
+        raise InputError(f"--device {name}: expected auto, cpu or cuda")
     if name == "auto":
         name, why = ("cuda", "CUDA works") if torch.cuda.is_available() else ("cpu", "no CUDA device")
     else:
@@ -581,7 +754,11 @@ def save_checkpoint(path, **state):
     import torch
 
     with replacing(path) as temporary:
-        torch.save(state, temporary)
+        try:
+            with open(temporary, "wb") as file:                         # its name would enter the archive
+                torch.save(state, file)
+        except RuntimeError as e:                                       # what torch makes of a full disk
+            raise InputError(f"{path}: cannot be written, is the disk full? ({_clean(e)})") from None
 
 
 def load_checkpoint(path, kind=None, help="train it first"):
@@ -589,45 +766,75 @@ def load_checkpoint(path, kind=None, help="train it first"):
     import torch
 
     try:
+        check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"no {path}: {help}") from None
     except Exception as e:                                         # torch raises a dozen types for a bad file
-        raise InputError(f"{path}: not a readable checkpoint ({_clean(e).split('.')[0]})") from None
-    if not isinstance(state, dict) or "config" not in state:
+        why = _clean(e).split(". ")[0]
+        raise InputError(f"{path}: not a readable checkpoint ({why}): remove it, {help}") from None
+    if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
         raise InputError(f"{path}: not a checkpoint of this project")
     if kind and state["config"].get("kind") != kind:
         raise InputError(f"{path}: holds {_clean(state['config'].get('kind'))!r}; expected {kind!r}: {help}")
+    if isinstance(groups := state["config"].get("groups"), list):       # they get printed
+        state["config"]["groups"] = [_clean(g) for g in groups]
     return state
+
+
+@contextlib.contextmanager
+def fitting(path):
+    """InputError where what a checkpoint holds does not build or fill its network."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        raise InputError(f"{path}: not a checkpoint of this version ({_clean(e)}): remove it and train again"
+                         ) from None
 
 
 def resume(path, config, net, ema, optimizer):
     """Continue an interrupted training in place. Returns the step to go on with and the log so far.
 
     Every draw of a training step comes from (seed, step), so the step is all there is to remember of chance.
-    InputError where the file belongs to another configuration or dataset: it is never overwritten.
+    InputError where the file belongs to another configuration or dataset: it is never overwritten, and where
+    another process trains into it.
     """
-    if not pathlib.Path(path).exists():
-        return 0, []
-    state = load_checkpoint(path)
-    old = state["config"]
+    import fcntl
+
+    path = pathlib.Path(path)
+    state = load_checkpoint(path) if path.exists() else None
+    old = state["config"] if state else config
     changed = [f"{k} {_clean(old.get(k))} -> {_clean(config.get(k))}" for k in sorted({*old, *config})
                if old.get(k) != config.get(k)]
     if changed:
         raise InputError(f"{path} is of another run ({'; '.join(changed[:3])}): "
                          "choose another --out or remove it")
-    net.load_state_dict(state["model"])
-    ema.state = {k: v.to(ema.state[k].device) for k, v in state["ema"].items()}
-    optimizer.load_state_dict(state["optimizer"])
-    print(f"continuing {path} at step {state['step']}")
-    return state["step"], state["log"]
+    ema.lock = open(make_folder(path.parent) / f".{path.name}.lock", "a")      # held as long as the average
+    try:
+        fcntl.flock(ema.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{path}: another run trains it; wait, or choose another --out") from None
+    for left in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.part"):    # by a run killed as it wrote
+        left.unlink()
+    if state is None:
+        return 0, []
+    with fitting(path):
+        net.load_state_dict(state["model"])
+        ema.state = {k: v.to(ema.state[k].device) for k, v in state["ema"].items()}
+        optimizer.load_state_dict(state["optimizer"])
+        print(f"continuing {path} at step {int(state['step'])}")
+        return state["step"], state["log"]
 
 
 def save_training(path, config, net, ema, optimizer, step, log):
-    """Checkpoint a training after `step` steps. FloatingPointError, and no file, for a loss not finite."""
-    if log and not np.isfinite(log[-1][1]):
-        raise FloatingPointError(f"the loss became {log[-1][1]} by step {log[-1][0]}; "
-                                 f"{path} keeps the last good state")
+    """Checkpoint a training after `step` steps. FloatingPointError, and no file, where the loss or, which it
+    shows a step later, a weight is not finite."""
+    bad = [(at, f"the loss became {loss}") for at, loss, *_ in log if not np.isfinite(loss)]
+    if not all(v.isfinite().all() for v in net.state_dict().values()):
+        bad.append((step, "weights became infinite"))
+    if bad:
+        raise FloatingPointError(f"{bad[0][1]} by step {bad[0][0]}; {path} keeps the last good state: try a "
+                                 "smaller --lr")
     save_checkpoint(path, config=config, model=net.state_dict(), ema=ema.state,
                     optimizer=optimizer.state_dict(), step=step, log=log)
 
@@ -718,9 +925,8 @@ def sample_sheet(path, data, attribute="race"):
 
 def phantom(args):
     """Write OUT/train.npz and OUT/test.npz of phantom patients, from seeds that no other call shares."""
-    if min(args.train, args.test, args.rare or 0) < 0 or not args.train + args.test or args.seed < 0:
-        raise InputError(f"--train {args.train} --test {args.test} --seed {args.seed}: "
-                         "expected numbers from 0, one image at least")
+    if not args.train + args.test:
+        raise InputError("--train 0 --test 0: expected one image at least")
     for split, n in (("train", args.train), ("test", args.test)):
         if n:                                                         # natural and balanced sets share nobody
             seed = 4 * args.seed + (split == "test") + 2 * bool(args.balance)
@@ -732,23 +938,27 @@ def phantom(args):
 
 
 def fairseg(args):
-    """Write OUT/train.npz and OUT/test.npz from a folder of Harvard-FairSeg files, split in name order."""
-    data = load_fairseg(args.folder, args.size, args.crop, args.race_codes)
-    n = len(data["name"])
-    n_train = 8000 if n == 10000 else round(0.8 * n)                    # the usual split, and its share
-    if n < 2 or not 0 < n_train < n:
-        raise InputError(f"{args.folder}: {n} patients are too few for a training and a test split")
-    for split, index in (("train", slice(0, n_train)), ("test", slice(n_train, n))):
+    """Write OUT/train.npz and OUT/test.npz from a folder of Harvard-FairSeg files."""
+    if args.split and len(args.split) > 2:
+        raise InputError(f"--split {' '.join(args.split)}: expected TRAIN.txt TEST.txt or one SUMMARY.csv")
+    data = load_fairseg(args.folder, args.size, args.crop, args.race_codes, args.skip_bad)
+    parts = split_fairseg(args.folder, data["name"].tolist(), args.split, args.skip_bad)
+    for split, index in zip(("train", "test"), parts, strict=True):
         part = take(data, index)
         save_set(f"{args.out}/{split}.npz", part)
-        print(f"{args.out}/{split}.npz\n{count_table(part, 'race')}")
+        print(f"{args.out}/{split}.npz: {len(index)} patients")
+        for attribute in ATTRIBUTE_NAMES:
+            code, names = group_codes(part, attribute)
+            counts = zip((*names, "unknown"), np.bincount(code % (len(names) + 1), minlength=len(names) + 1),
+                         strict=True)
+            print(f"  {attribute:<14}" + ", ".join(f"{name} {count}" for name, count in counts))
         sample_sheet(f"{args.out}/data.{split}.png", part)
 
 
 def export(args):
     """Write a dataset as FairSeg-format files."""
     data = load_set(args.set)
-    export_fairseg(data, args.folder)
+    export_fairseg(data, args.folder, args.race_codes)
     print(f"{args.folder}: {len(data['name'])} files")
 
 
@@ -790,10 +1000,15 @@ def main(argv=None):
     p.add_argument("--size", type=int, default=224, help="pixels a side")
     p.add_argument("--crop", type=int, default=512, help="largest centred square cut out, pixels")
     p.add_argument("--race-codes", choices=tuple(RACE_BOOKS), help="which codes mean Asian, Black, White")
+    p.add_argument("--split", nargs="+", help="TRAIN.txt TEST.txt, or a SUMMARY.csv with a column `train` "
+                   "(default: FOLDER's train.txt and test.txt or data_summary.csv, else 8,000 and 2,000)")
+    p.add_argument("--skip-bad", action="store_true", help="leave out, and count, files that cannot be used")
     p.set_defaults(run=fairseg)
     p = sub.add_parser("export", help="write FairSeg-format files")
     p.add_argument("set", help="dataset .npz")
     p.add_argument("folder", help="folder for one .npz a patient")
+    p.add_argument("--race-codes", choices=tuple(RACE_BOOKS), default="012",
+                   help="012 as FairSeg's loaders read, 237 (and age in days) as FairDiff's")
     p.set_defaults(run=export)
     p = sub.add_parser("mix", help="Equal Scale, Eq. 6")
     p.add_argument("real", help="dataset .npz of real images")

@@ -13,6 +13,7 @@ evenly the Dice is spread. tables.md holds the same, results.csv every value for
 """
 import csv
 import functools
+import html
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,16 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
-from fairdiff import ATTRIBUTES, InputError, Parser, known_groups, load_set, replacing, run_command
+from fairdiff import (
+    ATTRIBUTES,
+    InputError,
+    Parser,
+    known_groups,
+    load_set,
+    printable,
+    replacing,
+    run_command,
+)
 
 # N images, H W pixels, G groups present, B resamples, R rows of a report, D features. Scores lie in [0, 1].
 # A group is a code >= 0; -1 is unknown: such an image counts in overall and in no group.
@@ -331,7 +341,7 @@ def read_predictions(items, truth, seed=0):
             method, path = Path(item).stem, item
         stem, colon, number = method.rpartition(":")
         run = (stem, int(number)) if colon and number.isdecimal() else (method, seed)
-        run = "".join(c if c.isprintable() else "?" for c in run[0]), run[1]
+        run = printable(run[0]).lstrip("=+-@"), run[1]  # a spreadsheet would take those for a formula
         if not run[0] or run in seen:
             raise InputError(f"{item!r}: method {run[0]!r} is empty or taken; name it, as in plain=FILE, or "
                              "its trainings, as in plain:0=FILE plain:1=FILE")
@@ -370,7 +380,7 @@ def layout(columns, markdown=False):
         return ["  ".join(line).rstrip() for line in zip(*padded, strict=True)]
     marked = []
     for head, cells, bold in columns:
-        cells = [c.replace("\\", "\\\\").replace("|", "\\|") for c in [head, *cells]]
+        cells = [html.escape(c, False).replace("\\", "\\\\").replace("|", "\\|") for c in [head, *cells]]
         marked.append([f"**{c}**" if b else c for c, b in zip(cells, [False, *bold], strict=True)])
     lines = ["| " + " | ".join(line) + " |" for line in zip(*marked, strict=True)]
     return [lines[0], "|---" * len(columns) + "|", *lines[1:]]
@@ -458,9 +468,9 @@ def table(args):
         print(f"{title}\n", *layout(columns), "", sep="\n")
         text += [f"## {title}", "", *layout(columns, markdown=True), ""]
     print(*notes, f"written: {args.out}, {markdown}", sep="\n")
-    with replacing(markdown) as path:
-        path.write_text("\n".join(text + notes) + "\n", encoding="utf-8")
-    with replacing(args.out) as path, open(path, "w", newline="", encoding="utf-8") as file:
+    with (replacing(markdown) as note, replacing(args.out) as path,
+          open(path, "w", newline="", encoding="utf-8") as file):
+        note.write_text("\n".join(text + [html.escape(n, False) for n in notes]) + "\n", encoding="utf-8")
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow("attribute method seed structure metric group value lo hi n".split())
         for (method, seed, structure, metric), rows in report.items():

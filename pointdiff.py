@@ -18,6 +18,7 @@ valid (2026-11-24, seed 0, phantom). `score` says how like real masks they are.
 Tried: explicit moments of the cloud as input (no better), a third block (fewer steps in the same time: discs
 too small), a network for each group and --predict eps (the README has the figures).
 """
+import fairdiff  # isort: skip  # noqa: F401  first, so that a Ctrl-C while torch loads is one line
 import csv
 import math
 import sys
@@ -39,6 +40,7 @@ from fairdiff import (
     Parser,
     autocast,
     fingerprint,
+    fitting,
     group_number,
     known_groups,
     load_checkpoint,
@@ -514,8 +516,9 @@ def train(args):
 def load_points(path, device):
     """The trained network (EMA weights, eval mode), its diffusion and its config."""
     state = load_checkpoint(path, "points", "run `python pointdiff.py train SET.npz --out points.pt` first")
-    net, ddpm = build(state["config"])
-    net.load_state_dict(state["ema"])
+    with fitting(path):
+        net, ddpm = build(state["config"])
+        net.load_state_dict(state["ema"])
     return net.to(device).eval(), ddpm, state["config"]
 
 
@@ -534,10 +537,10 @@ def sample_clouds(net, ddpm, config, group, n, steps, generator, batch=100, fram
     return np.concatenate(out) * std + mean
 
 
-def is_readable(points):
-    """Whether points_to_mask can make anything of a cloud, however rough."""
+def is_readable(points, size=64):
+    """Whether points_to_mask can make anything of a cloud at a size, however rough."""
     try:
-        points_to_mask(points, 64)
+        points_to_mask(points, size)
     except ValueError:
         return False
     return True
@@ -556,6 +559,15 @@ def sample_valid(net, ddpm, config, group, n, steps, generator, accept=is_valid)
     return np.stack(kept[:n]), drawn, len(kept)
 
 
+def read_masks(clouds, size):
+    """Masks uint8 (M, H, W) of sampled clouds (M, N, 3); InputError where one is smaller than a pixel."""
+    try:
+        return np.stack([points_to_mask(c, size) for c in clouds])
+    except ValueError as e:
+        raise InputError(f"a sampled cloud gives no mask of {size} pixels ({e}): train longer or give a "
+                         "larger --size") from None
+
+
 def sample(args):
     """Draw masks of one group, or of every group, into a dataset file whose images are 0."""
     device, _ = pick_device(args.device)
@@ -568,10 +580,10 @@ def sample(args):
     masks, codes, rows = [], [], []
     for g in groups:
         clouds, drawn, valid = sample_valid(net, ddpm, config, g, n, args.steps, generator,
-                                            is_readable if args.rough else is_valid)
+                                            (lambda c: is_readable(c, size)) if args.rough else is_valid)
         share = np.mean([is_valid(c) for c in clouds]) if args.rough else valid / drawn
         print(f"{names[g]}: {n} masks, {drawn - valid} of {drawn} clouds rejected ({share:.1%} valid)")
-        masks += [points_to_mask(c, size) for c in clouds]
+        masks += [*read_masks(clouds, size)]
         codes += [g] * n
         rows.append([m * 127 for m in masks[-n:][:8]])
     mask, code = np.stack(masks), np.array(codes, np.int8)
@@ -666,7 +678,7 @@ def score(args):
             clouds, drawn, valid = sample_valid(net, ddpm, config, g, n, steps, generator)
             rows = [("ms a cloud", 1000 * (time.perf_counter() - started) / drawn, 0.0),
                     ("valid", valid / drawn, 1.0)]
-            made = np.stack([points_to_mask(c, held.shape[1:]) for c in clouds])
+            made = read_masks(clouds, held.shape[1:])
             rows += compare_masks(made, known, held[:n], held[n:2 * n])
             table += [(names[g], n, steps, *row) for row in rows]
             if steps == args.steps[-1]:

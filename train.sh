@@ -17,6 +17,9 @@ METHODS=${METHODS:-plain oversample equal oracle} SEEDS=${SEEDS:-$SEED} SHARED=$
 rows="plain oversample adv groupdro fairseg equal synthetic-only oracle"
 attributes="race gender ethnicity language maritalstatus age"
 die() { echo "train.sh: $1" >&2; exit 2; }
+stop() { kill $(jobs -p) 2>/dev/null && wait || true    # a stage in the background does not see Ctrl-C itself
+  [ "$SHARED" != "$OUT" ] || echo "train.sh: interrupted; the same command again continues" >&2; exit 130; }
+trap stop INT TERM
 among() { case " $2 " in *" $1 "*) ;; *) die "$3=$1: expected all or any of $2" ;; esac }
 [ "$METHODS" != all ] || METHODS=$rows
 for row in $METHODS; do among "$row" "$rows" METHODS; done
@@ -58,6 +61,10 @@ echo "SCALE=$SCALE ($why) ATTRIBUTE=$ATTRIBUTE SEED=$SEED OUT=$OUT DATA=${DATA:-
 
 log=$OUT/log
 mkdir -p "$log" 2>/dev/null || die "OUT=$OUT: cannot make this folder"
+exec 9> "$log/lock"                                     # held until this run and its stages have ended
+"$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null ||
+  die "OUT=$OUT: another run is at work here: wait for its end or choose another OUT"
+find "$OUT" -name '.*.[0-9]*.part' -delete              # what a killed run had half written
 export PYTHONUNBUFFERED=1
 stage() {                                               # stage NAME FILE.py ARGUMENTS...: run once, keep its log
   local name=$1 file=$2 started=$SECONDS; shift 2
@@ -67,7 +74,8 @@ stage() {                                               # stage NAME FILE.py ARG
       die "$OUT holds stage $name of another configuration: choose another OUT, or remove $OUT"
   fi
   echo "== $name: $file $*"
-  "$python" "$here/$file" "$@" | tee "$log/$name.txt"
+  "$python" "$here/$file" "$@" | tee "$log/$name.txt" &
+  wait %%
   printf '%s\n%s\n' "$((SECONDS - started))" "$file $*" > "$log/$name.done.part"
   mv "$log/$name.done.part" "$log/$name.done"
 }

@@ -13,9 +13,9 @@ Expect at 64 px, batch 16, on 2 cores without bf16: 6 steps a second; 280 steps 
 cup) of 0.89 on the phantom's test split, 0.82 in the rare group (seed 0). There oversampling lifts the rare
 group to 0.87 and GroupDRO to 0.86, FairSeg's scaling (0.82) and ADV (0.81) do not lift it.
 """
+import fairdiff  # isort: skip  # noqa: F401  first, so that a Ctrl-C while torch loads is one line
 import math
 import sys
-import zipfile
 
 import numpy as np
 import torch
@@ -30,12 +30,14 @@ from fairdiff import (
     Parser,
     autocast,
     fingerprint,
+    fitting,
     group_codes,
     known_groups,
     load_checkpoint,
     load_set,
     outline,
     pick_device,
+    read_arrays,
     resume,
     run_command,
     save_set,
@@ -238,9 +240,9 @@ class TransUNet(nn.Module):
                          f"blocks.{i}.{ours}.bias": f"{there}/bias"}
         own = dict(self.named_parameters())
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {k: torch.as_tensor(np.asarray(file[v], np.float32)) for k, v in keys.items()}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
+            file = read_arrays(path, set(keys.values()))
+            arrays = {k: torch.as_tensor(np.asarray(file[v], np.float32)) for k, v in keys.items()}
+        except (OSError, ValueError, KeyError, InputError) as e:
             raise InputError(f"{path}: not the R50+ViT-B_16.npz of ImageNet-21k ({e})") from None
         for name, a in arrays.items():
             p = own[name]
@@ -551,8 +553,9 @@ def segment(net, images, device, dtype=None, batch=100):
 def load_segmenter(path, device):
     """The trained network (EMA weights, eval mode) of a checkpoint."""
     state = load_checkpoint(path, "transunet", "run `python transunet.py train SET.npz --out seg.pt` first")
-    net = build(state["config"])
-    net.load_state_dict({k: v for k, v in state["ema"].items() if not k.startswith("fair.")})
+    with fitting(path):
+        net = build(state["config"])
+        net.load_state_dict({k: v for k, v in state["ema"].items() if not k.startswith("fair.")})
     return net.to(device, memory_format=torch.channels_last).eval()
 
 

@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -185,7 +186,12 @@ def bad(tmp_path, phantom, monkeypatch):
     fairdiff.save_set("norace.npz", phantom | {"race": np.full(60, -1)})
     np.savez("key.npz", picture=phantom["image"])
     np.savez("shape.npz", image=phantom["image"], mask=phantom["mask"][:, :8])
+    fairdiff.save_set("set2.npz", phantom | {"name": np.char.add("x", phantom["name"])})
+    np.savez("flat.npz", image=np.zeros((5, 0, 0), np.uint8), mask=np.zeros((5, 0, 0), np.uint8))
     torch.save({"config": {"kind": "other"}}, "kind.pt")
+    torch.save({"config": {"kind": "points", "groups": ["Asian"]}, "ema": {}}, "old.pt")
+    torch.save({"config": {"kind": "transunet", "size": "compact", "width": 16}, "ema": {}}, "bare.pt")
+    pathlib.Path("empty.npz").write_text("")
     pathlib.Path("text.pt").write_text("no checkpoint")
     pathlib.Path("seg").mkdir()
     pathlib.Path("file").write_text("")
@@ -217,7 +223,26 @@ BAD = [
     (controlnet, "train-control set.npz nowhere.pt --reader nowhere.pt", "train-base"),
     (fairness, "table nowhere.npz set.npz", "fairdiff.py phantom"), (fairness, "table set.npz two.npz", "names"),
     (fairness, "table norace.npz norace.npz", "known race"),
+    # Numbers that make no sense, places that cannot be written, files that are something else.
+    (fairdiff, "phantom --shift nan", "--shift nan: expected a finite"), (fairdiff, "phantom --seed 99999999999", "--seed"),
+    (fairdiff, "phantom --train 0 --test 0", "one image"), (fairdiff, "fairseg seg --crop 0", "--crop 0"),
+    (fairdiff, "fairseg seg", "no .npz"), (fairdiff, "export set.npz file", "cannot make"),
+    (fairdiff, "mix set.npz empty.npz", "readable"), (fairdiff, "mix flat.npz set.npz", "expected uint8 (N, H, W)"),
+    (fairdiff, "mix set.npz set2.npz --target 1000", "group Asian"), (fairdiff, "mix set.npz set2.npz --n-real 1000", "--n-real"),
+    (fairdiff, "mix set.npz set2.npz --out seg", "is a folder"), (fairdiff, "mix set.npz set2.npz --out file/x", "no folder"),
+    (pointdiff, "train set.npz --batch 0", "--batch 0"), (pointdiff, "train set.npz --lr -1", "more than 0"),
+    (pointdiff, "train set.npz --width 7", "multiple of 8"), (pointdiff, "train set.npz --out file/x.pt", "no folder"),
+    (pointdiff, "train set.npz --device abacus", "expected auto, cpu or cuda"), (pointdiff, "sample kind.pt --n 0", "--n 0"),
+    (pointdiff, "sample old.pt", "not a checkpoint of this version"), (pointdiff, "score old.pt set.npz set.npz --steps 8 0", "--steps 0"),
+    (transunet, "train set.npz --val nan", "--val nan"), (transunet, "train set.npz --weights set.npz", "ImageNet"),
+    (transunet, "predict bare.pt set.npz", "not a checkpoint of this version"), (transunet, "predict seg set.npz", "readable"),
+    (controlnet, "train-base set.npz --patch 3", "divisible by 12"), (controlnet, "sample kind.pt set.npz --guidance inf", "--guidance"),
+    (controlnet, "quality kind.pt a b set.npz set.npz set.npz --n 0", "--n 0"), (fairness, "table set.npz set.npz --out x.md", ".md"),
+    (fairness, "table set.npz set.npz set.npz", "taken"), (fairness, "table set.npz kind.pt", "no array 'image'"),
 ]
+PROCESSES = [("fairdiff", "phantom --size 1000", "32 to 512"), ("fairdiff", "mix nowhere.npz set.npz", "fairdiff.py phantom"),
+             ("pointdiff", "sample nowhere.pt", "pointdiff.py train"), ("transunet", "predict text.pt set.npz", "readable"),
+             ("controlnet", "train-base odd.npz", "divisible by 8"), ("fairness", "table set.npz two.npz", "names")]
 
 
 @pytest.mark.parametrize("module, line, what", BAD, ids=[f"{m.__name__} {b}" for m, b, _ in BAD])
@@ -227,4 +252,16 @@ def test_bad_input(bad, capsys, module, line, what):
     assert module.main(line.split()) == 2
     err = capsys.readouterr().err
     assert what in err and len(err.splitlines()) == 1 and "Traceback" not in err
+    assert sorted(p for p in bad.rglob("*")) == before
+
+
+def test_bad_input_of_processes(bad):
+    """The same of six real processes, all at once: exit code 2, that line alone, no traceback, no file."""
+    before = sorted(p for p in bad.rglob("*"))
+    running = [subprocess.Popen([sys.executable, ROOT / f"{module}.py", *line.split()], stderr=subprocess.PIPE, text=True)
+               for module, line, _ in PROCESSES]
+    for process, (module, line, what) in zip(running, PROCESSES, strict=True):
+        err = process.communicate()[1]
+        assert process.returncode == 2, line
+        assert what in err and len(err.splitlines()) == 1 and err.startswith(f"{module}.py: "), err
     assert sorted(p for p in bad.rglob("*")) == before
