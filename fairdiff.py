@@ -27,6 +27,7 @@ import time
 import warnings
 import zipfile
 import zlib
+from importlib import metadata
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -863,9 +864,9 @@ def save_sheet(path, rows, labels, zoom=2, note=""):
     h, w, left, top = h * zoom, w * zoom, 90, 16 if note else 0
     sheet = Image.new("RGB", (left + max(map(len, rows)) * (w + 2), top + len(rows) * (h + 2)), "white")
     pen = ImageDraw.Draw(sheet)
-    pen.text((4, 2), note, fill="black")
+    pen.text((4, 1), note, fill="black", font_size=12)
     for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
-        pen.text((4, top + i * (h + 2) + h // 2 - 6), label, fill="black")
+        pen.text((4, top + i * (h + 2) + h // 2 - 7), label, fill="black", font_size=13)
         for j, picture in enumerate(row):
             tile = Image.fromarray(picture).convert("RGB").resize((w, h), Image.Resampling.NEAREST)
             sheet.paste(tile, (left + j * (w + 2), top + i * (h + 2)))
@@ -877,34 +878,146 @@ def save_sheet(path, rows, labels, zoom=2, note=""):
 # ------------------------------------------------------------------------------------------------------------
 # Report
 
-STAGES = (("data", "The data"), ("masks", "Masks drawn"), ("base", "The base UNet"),
-          ("control", "The ControlNet"), ("synthetic", "Images painted over the masks"),
-          ("table1", "One mask, several images"), ("mixed", "Equal Scale"),
-          ("plain", "TransUNet on the real set"))
+# A group or a method has one colour and one mark in every chart, legible on white and on black.
+COLOURS = ("#3b82c4", "#d9770a", "#2f9e6e", "#c2508f", "#8b6fd0", "#b0912b", "#5aa9b5", "#888888")
+MARKS = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "M-4-4h8v8h-8z", "M0-5l5 9h-10z", "M0-5l5 5-5 5-5-5z",
+         "M-5-2h10v4h-10z", "M-2-5h4v10h-4z", "M0 5l5-9h-10z", "M-4-4l8 8M4-4l-8 8")
+
+
+def chart(title, x_label, y_label, series, ticks=None, join=True):
+    """One SVG as text: for each series a mark at every point, its interval if it has one, and a line.
+
+    series: {label: (x (n,), y (n,), interval (2, n) or None)}; ticks: {x: text} instead of numbers, and each
+    series beside the others; join=False: no lines. Points that are NaN are left out.
+    """
+    points = {}
+    for i, (label, (x, y, interval)) in enumerate(series.items()):
+        x = np.asarray(x, float) + (0.5 * ((i + 0.5) / len(series) - 0.5) if ticks else 0)
+        table = np.stack([x, y, *(interval if interval is not None else (y, y))])
+        points[label] = table[:, np.isfinite(table).all(0)]
+    everything = np.concatenate(list(points.values()), 1)
+    if not everything.size:
+        return "<p><i>Nothing to draw.</i>"
+    x0, x1 = (min(ticks) - 0.5, max(ticks) + 0.5) if ticks else (0, everything[0].max())
+    y0, y1 = everything[1:].min(), everything[1:].max()
+    power = 10 ** np.floor(np.log10(y1 - y0 or 1))
+    step = power * next(k for k in (0.2, 0.5, 1, 2) if y1 - y0 <= 6 * k * power)              # a round number
+    lines = np.arange(np.floor(y0 / step), np.ceil(y1 / step) + 1) * step
+    y0, y1 = lines[0], max(lines[-1], lines[0] + step)
+
+    def px(x):
+        return f"{60 + 560 * (x - x0) / (x1 - x0):.1f}"
+
+    def py(y):
+        return f"{250 - 210 * (y - y0) / (y1 - y0):.1f}"
+
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {312 + 18 * ((len(series) - 1) // 4)}" '
+           f'role="img" font-family="sans-serif" font-size="13" fill="currentColor">'
+           f'<title>{html.escape(title)}</title><text x="8" y="18">{html.escape(y_label)}</text>'
+           f'<text x="340" y="288" text-anchor="middle">{html.escape(x_label)}</text>']
+    out += [f'<path d="M60 {py(y)}H620" stroke="currentColor" opacity=".25"/><text x="52" y="{py(y)}" dy="4" '
+            f'text-anchor="end">{y:.10g}</text>' for y in lines]
+    out += [f'<text x="{px(x)}" y="268" text-anchor="middle">{html.escape(text)}</text>'
+            for x, text in (ticks or {x: f"{x:.0f}" for x in np.linspace(x0, x1, 5)}).items()]
+    for i, (label, table) in enumerate(points.items()):
+        mark, colour = MARKS[i % len(MARKS)], COLOURS[i % len(COLOURS)]
+        out.append(f'<g fill="{colour}" stroke="{colour}">')
+        if join:
+            out.append('<polyline fill="none" stroke-width="1.5" points="'
+                       + " ".join(f"{px(x)},{py(y)}" for x, y in table[:2].T) + '"/>')
+        for x, y, lo, hi in table.T[::max(1, table.shape[1] // 10)]:
+            out.append(f'<path d="M{px(x)} {py(lo)}V{py(hi)}" stroke-width="2"/>'
+                       f'<path d="{mark}" transform="translate({px(x)} {py(y)})"><title>{html.escape(label)} '
+                       f'{y:.4g} [{lo:.4g}, {hi:.4g}]</title></path>')
+        x, y = 70 + 142 * (i % 4), 306 + 18 * (i // 4)
+        out.append(f'<path d="{mark}" transform="translate({x} {y})"/></g>'
+                   f'<text x="{x + 10}" y="{y + 4}">{html.escape(label)}</text>')
+    return "\n".join([*out, "</svg>"])
+
+
+def group_charts(text):
+    """A chart for each attribute and structure in the text of results.csv: every group's Dice by method."""
+    rows = [r for r in csv.DictReader(text.splitlines()) if r["metric"] == "dice"
+            and r["group"] not in ("overall", "es", "sd", "worst", "gap", "eq1", "p")]
+    pooled = {r["method"] for r in rows if r["seed"] == "mean"}         # of several trainings only their mean
+    rows = [r for r in rows if r["method"] not in pooled or r["seed"] == "mean"]
+    methods = list(dict.fromkeys(r["method"] for r in rows))
+    for key in dict.fromkeys((r["attribute"], r["structure"]) for r in rows):
+        series = {r["group"]: [] for r in rows if (r["attribute"], r["structure"]) == key}
+        for r in rows:
+            if (r["attribute"], r["structure"]) == key:
+                at = methods.index(r["method"]), *(float(r[k]) for k in ("value", "lo", "hi"))
+                series[r["group"]].append(at)
+        series = {g: (v[0], v[1], v[2:]) for g, v in ((g, np.transpose(v)) for g, v in series.items())}
+        yield chart(f"Dice of the {key[1]} by group of {key[0]} and method", "method",
+                    f"Dice of the {key[1]}, by {key[0]}; 95 % interval over images", series,
+                    dict(enumerate(methods)), join=False)
+
+
+def loss_charts(out):
+    """Two charts of the losses that the checkpoints in a folder have logged."""
+    diffusion, segmenters = {}, {}
+    for path in sorted(out.glob("*.pt")):
+        state = load_checkpoint(path)
+        kind = segmenters if state["config"].get("kind") == "transunet" else diffusion
+        kind[path.stem] = *np.array([row[:2] for row in state["log"]]).reshape(-1, 2).T, None
+    for words, series in {"diffusion: squared error": diffusion,
+                          "TransUNet: cross-entropy and Dice": segmenters}.items():
+        if series:
+            yield chart(f"Training loss, {words}", "optimizer step", f"loss of one batch, {words}", series)
 
 
 def report(args):
-    """Write OUT/report.html: the pictures and tables of a run, in one file that needs no other."""
+    """Write OUT/report.html: the pictures, tables and charts of a run, in one file that needs no other."""
     out = pathlib.Path(args.out)
     if not out.is_dir():
         raise InputError(f"no folder {out}: `bash train.sh` makes it")
-    parts = ["<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>",
-             "<title>FairDiff</title><style>:root{color-scheme:light dark}",
-             "body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}",
-             "img{max-width:100%;background:#fff}pre{overflow-x:auto}</style><h1>FairDiff</h1>"]
-    for stem, title in STAGES:
-        pictures = sorted(p for p in out.glob("**/*.png") if p.name.split(".")[0] == stem)
-        parts.append(f"<h2>{title}</h2>" + ("" if pictures else "<p>This stage has not run."))
-        parts += [f"<p><img alt='{html.escape(title)}' src='data:image/png;base64,"
-                  f"{base64.b64encode(p.read_bytes()).decode()}'>" for p in pictures]
-    for name, title in (("mix", "Equal Scale, Eq. 6"), ("agree", "Agreement of images and masks"),
-                        ("quality", "Table 1: how like real images"),
-                        ("table", "Dice, IoU, ES-Dice, ES-IoU")):
-        path = out / "log" / f"{name}.txt"
-        text = path.read_text(errors="replace") if path.exists() else "This stage has not run."
-        parts.append(f"<h2>{title}</h2><pre>{html.escape(text)}</pre>")
+
+    def text(name):                                                     # what a stage wrote or printed
+        lines = (out / name).read_text(errors="replace").splitlines() if (out / name).is_file() else []
+        return "\n".join(x for x in lines if not x.startswith(("device:", "picture:", "written:")))
+
+    def pre(name):
+        return f"<pre>{html.escape(text(name))}</pre>" if text(name) else ""
+
+    def picture(stem, alt):
+        return "".join(f"<p><img alt='{html.escape(f'{alt}: {p.relative_to(out)}')}' "
+                       f"src='data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}'>"
+                       for p in sorted(out.rglob("*.png")) if p.name.startswith(f"{stem}."))
+
+    seconds = [(int(p.read_text().split()[0]), p.stem) for p in out.rglob("*.done")]
+    sections = {
+        "The data": (pre("log/data.txt"), picture("data.train",
+                                                  "patients of each group, with and without outlines")),
+        "Points to masks (Section 2.2)": (
+            pre("log/masks.txt"), picture("points", "real and sampled masks of each group"),
+            picture("masks", "sampled masks of each group")),
+        "Masks to images (Section 2.3)": (
+            picture("base", "real images above those of the base, which sees no mask"),
+            picture("control", "real images above generated ones over the same masks"),
+            picture("synthetic", "images over sampled masks, and with the mask outlined")),
+        "Do the images show their masks?": (pre("log/agree.txt"),),
+        "Table 1: how like real images?": (pre("log/quality.txt"), picture(
+            "table1", "a mask, its image, two other seeds, the nearest training image, twice")),
+        "Equal Scale (Eq. 6), before and after": (
+            pre("log/mix.txt"), picture("mixed", "the mixed set, synthetic first")),
+        "Tables 2-5: TransUNet by group": (*group_charts(text("results.csv")), pre("log/table.txt")),
+        "Training curves": (*loss_charts(out),),
+        "Seconds a stage": ("<pre>" + "\n".join(f"{s:>7} {n}" for s, n in sorted(seconds, reverse=True))
+                            + f"\n{sum(s for s, _ in seconds):>7} in all</pre>" if seconds else "",)}
+    page = ["<!doctype html><html lang=en><meta charset=utf-8><title>FairDiff</title>",
+            "<meta name=viewport content='width=device-width,initial-scale=1'>",
+            "<style>:root{color-scheme:light dark}pre{overflow-x:auto;font-size:13px}",
+            "body{font:16px/1.5 sans-serif;max-width:60em;margin:auto;padding:1em}",
+            "img,svg{max-width:100%;height:auto}img{background:#fff}</style><h1>FairDiff</h1>"]
+    if "fairdiff.py phantom" in text("log/data.txt"):
+        page.append("<p><b>Phantom images: a caricature for teaching and testing, no medical evidence.</b>")
+    versions = ", ".join(f"{p} {metadata.version(p)}" for p in ("torch", "numpy", "scipy", "pillow", "tqdm"))
+    page.append(f"{pre('log/command.txt')}<p>Python {sys.version.split()[0]}, {versions}.")
+    for title, parts in sections.items():
+        page += [f"<h2>{title}</h2>", "".join(parts) or "<p><i>This stage has not run.</i>"]
     with replacing(out / "report.html") as temporary:
-        temporary.write_text("\n".join(parts))
+        temporary.write_text("\n".join(page), encoding="utf-8")
     print(f"report: {out / 'report.html'}")
 
 

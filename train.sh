@@ -57,7 +57,8 @@ case $SCALE in
          draw_points=100 draw_images=50 points_flags="--points 512 --lr 1e-4" seg_flags="--base --optimizer sgd" share=1 ;;
   *) die "SCALE=$SCALE: expected smoke, cpu, gpu or paper" ;;
 esac
-echo "SCALE=$SCALE ($why) ATTRIBUTE=$ATTRIBUTE SEED=$SEED OUT=$OUT DATA=${DATA:-phantom} METHODS=$METHODS SEEDS=$SEEDS"
+dials="SCALE=$SCALE ATTRIBUTE=$ATTRIBUTE SEED=$SEED SEEDS='$SEEDS' METHODS='$METHODS' OUT=$OUT DATA=$DATA RARE=$RARE"
+echo "$dials ($SCALE: $why)"
 
 log=$OUT/log
 mkdir -p "$log" 2>/dev/null || die "OUT=$OUT: cannot make this folder"
@@ -65,6 +66,7 @@ exec 9> "$log/lock"                                     # held until this run an
 "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null ||
   die "OUT=$OUT: another run is at work here: wait for its end or choose another OUT"
 find "$OUT" -name '.*.[0-9]*.part' -delete              # what a killed run had half written
+echo "$dials bash train.sh" > "$log/command.txt"
 export PYTHONUNBUFFERED=1
 stage() {                                               # stage NAME FILE.py ARGUMENTS...: run once, keep its log
   local name=$1 file=$2 started=$SECONDS; shift 2

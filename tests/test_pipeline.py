@@ -1,7 +1,9 @@
 """train.sh from end to end at SCALE=smoke, again, killed, on FairSeg files; and bad input for every command."""
+import base64
 import csv
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
 import controlnet
 import fairdiff
@@ -84,6 +87,38 @@ def test_run_again_skips_everything(copy, smoke):
     assert {p: p.stat().st_mtime_ns for p in smoke[0].rglob("*.npz")} == before
     tables = [text[text.rindex("cup, by race"):text.rindex("pictures:")] for text in (out, smoke[1])]
     assert tables[0] == tables[1]
+
+
+def test_report_shows_the_numbers_of_the_results(smoke):
+    """Every group's Dice and interval in the charts, every stage's section and seconds, the command; no script."""
+    out, _ = smoke
+    page = (out / "report.html").read_text()
+    titles = re.findall(r"<title>(\w+) ([\d.e-]+) \[([\d.e-]+), ([\d.e-]+)\]</title>", page)
+    rows = [r for r in csv.DictReader(open(out / "results.csv")) if r["metric"] == "dice"
+            and r["group"] in fairdiff.ATTRIBUTES["race"]]
+    assert len(rows) == 2 * 4 * 3
+    for r in rows:
+        want = tuple(f"{float(r[k]):.4g}" for k in ("value", "lo", "hi"))
+        assert (r["group"], *want) in titles, r
+    assert "has not run" not in page and page.count("<h2>") == 9 and "<script" not in page
+    assert "SCALE=smoke" in page and "no medical evidence" in page and page.count("<svg") == 4
+    for png in [p for p in out.rglob("*.png") if p.name.split(".")[0] in ("masks", "control", "table1", "mixed")]:
+        assert base64.b64encode(png.read_bytes()).decode() in page, png
+    assert page.count("<img") == page.count("<img alt='") > 6
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium here")
+def test_report_renders_in_a_browser(smoke, tmp_path):
+    """Headless Chromium parses it without complaint, draws something, and its DOM holds results.csv's numbers."""
+    url = (smoke[0] / "report.html").as_uri()
+    flags = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+             f"--user-data-dir={tmp_path}", "--window-size=400,800"]
+    dump = subprocess.run([*flags, "--dump-dom", url], capture_output=True, text=True, timeout=120)
+    assert dump.returncode == 0 and "CONSOLE" not in dump.stderr, dump.stderr
+    rows = [r for r in csv.DictReader(open(smoke[0] / "results.csv")) if r["group"] == "Asian" and r["metric"] == "dice"]
+    assert rows and all(f"Asian {float(r['value']):.4g} [" in dump.stdout for r in rows)
+    subprocess.run([*flags, f"--screenshot={tmp_path / 'page.png'}", url], check=True, capture_output=True, timeout=120)
+    assert len(np.unique(np.asarray(Image.open(tmp_path / "page.png").convert("L")))) > 50
 
 
 def test_outputs_of_another_configuration_are_refused(copy, smoke):
