@@ -466,7 +466,7 @@ def equal_scale(real, synthetic, attribute, target=None, seed=0, n_real=None, sh
         keep_synthetic.append(rng.permutation(drawn)[:need])            # D*_g,synthetic: what is missing
     real, turn = take(real, np.concatenate(keep_real)), np.concatenate(turn)
     real["name"] = np.where(turn, np.char.add(real["name"], [f"+{k}" for k in turn]), real["name"])
-    mixed = join_sets(real, take(synthetic, np.concatenate(keep_synthetic)))
+    mixed = join_sets(real, take(synthetic, np.concatenate(keep_synthetic)))                 # Eq. 6
     return take(mixed, rng.permutation(len(mixed["name"])))
 
 

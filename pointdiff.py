@@ -153,10 +153,11 @@ def mask_to_points(mask, n_points=512):
     disc = _largest(mask[box] > 0)
     cup = (mask[box] == 2) & disc
     n_cup = n_points // 2 if cup.any() else 0
-    points = np.full((n_points, 3), -1.0, np.float32)
-    points[n_cup:, :2] = _boundary(disc, n_points - n_cup)
+    points = np.full((n_points, 3), -1.0, np.float32)                   # -z_0 of Eq. 4 on the disc, z_0 = 1
+    points[n_cup:, :2] = _boundary(disc, n_points - n_cup)              # Eq. 3: f(I), disc and
     if n_cup:
-        points[:n_cup, :2], points[:n_cup, 2] = _boundary(_largest(cup), n_cup), 1
+        points[:n_cup, :2] = _boundary(_largest(cup), n_cup)            # cup
+        points[:n_cup, 2] = 1                                           # Eq. 4: g = z_0 on the cup
     points[:, :2] = 2 * (points[:, :2] + (box[1].start, box[0].start)) / mask.shape[::-1] - 1
     return points
 
@@ -197,7 +198,7 @@ def read_outline(xy):
 
 def _split(points):
     """Outlines of disc and cup in a cloud (N, 3); no cup (None) where at most 2 % of the points are its."""
-    on_cup = points[:, 2] > 0                                         # Eq. 4: the sign of z names the outline
+    on_cup = points[:, 2] > 0                                           # the sign of z names the outline
     if not np.isfinite(points).all():
         raise ValueError("points that are not finite")
     disc = read_outline(points[~on_cup, :2])

@@ -114,7 +114,7 @@ stage synthetic controlnet.py sample "$OUT/control.pt" "$OUT/masks.npz" --steps 
 # 4. Equal Scale (Section 2.4).
 stage mix fairdiff.py mix "$real" "$OUT/synthetic.npz" $group --share $share $seed --out "$OUT/mixed.npz"
 # 5. TransUNet, every row for the same number of steps (Section 3), and a judge of another width and seed that
-#    only reports.
+#    only reports. Eq. 2 is not solved jointly: theta is fitted last, on what phi and psi have drawn.
 predictions=()
 for row in $METHODS; do
   method=plain set=$real knows=$group at=$OUT run=stage
