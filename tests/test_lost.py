@@ -76,7 +76,7 @@ STAGES = TRAIN | {"phantom": ("fairdiff", "phantom --train 60 --test 0 --size 32
 def inputs(tmp_path_factory):
     """A folder with what every stage reads."""
     folder = tmp_path_factory.mktemp("inputs")
-    data = fairdiff.make_phantom(20, 32, seed=9, balance="race")
+    data = fairdiff.make_phantom(10, 32, seed=9, balance="race")
     fairdiff.save_set(folder / "set.npz", data)
     fairdiff.save_set(folder / "set2.npz", data | {"name": np.char.add("x", data["name"])})
     for name, (module, line) in TRAIN.items():
