@@ -73,7 +73,7 @@ KINDS = {                                                               # traini
 def own(tmp_path, monkeypatch, phantom):
     """What a user's own set holds at least: image, mask and one group column. The folder to work in."""
     monkeypatch.chdir(tmp_path)
-    return {k: phantom[k][:24].copy() for k in ("image", "mask", "race")}
+    return {k: phantom[k][:16].copy() for k in ("image", "mask", "race")}
 
 
 def run_stages(capfd, train, test, read=2):
