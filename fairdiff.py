@@ -892,7 +892,7 @@ def chart(title, x_label, y_label, series, ticks=None, join=True):
     """
     points = {}
     for i, (label, (x, y, interval)) in enumerate(series.items()):
-        x = np.asarray(x, float) + (0.5 * ((i + 0.5) / len(series) - 0.5) if ticks else 0)
+        x = np.asarray(x, float) + (0.4 * ((i + 0.5) / len(series) - 0.5) if ticks else 0)
         table = np.stack([x, y, *(interval if interval is not None else (y, y))])
         points[label] = table[:, np.isfinite(table).all(0)]
     everything = np.concatenate(list(points.values()), 1)
@@ -911,7 +911,7 @@ def chart(title, x_label, y_label, series, ticks=None, join=True):
     def py(y):
         return f"{250 - 210 * (y - y0) / (y1 - y0):.1f}"
 
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {312 + 18 * ((len(series) - 1) // 4)}" '
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {322 + 18 * ((len(series) - 1) // 4)}" '
            f'role="img" font-family="sans-serif" font-size="13" fill="currentColor">'
            f'<title>{html.escape(title)}</title><text x="8" y="18">{html.escape(y_label)}</text>'
            f'<text x="340" y="288" text-anchor="middle">{html.escape(x_label)}</text>']

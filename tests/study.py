@@ -140,45 +140,24 @@ def tables(lines):
             for row in rows:
                 cells = [pooled(lines, row, rare, figure, n) for n in ("value", "gain", "share", "over_oversample")]
                 (value, _, _), (gain, a, _), (share, b, each), (more, c, _) = cells
-                print(f"| {row} | {value:.4f} | {gain:.3f} ± {a:.3f} | {share:.0%} ± {b:.0%} | "
-                      f"{', '.join(f'{x:.0%}' for x in each)} | {more:+.3f} ± {c:.3f} |")
+                print(f"| {row} | {value:.4f} | " + ("– | – | – |" if row == "plain" else
+                      f"{gain:.3f} ± {a:.3f} | {share:.0%} ± {b:.0%} | {', '.join(f'{x:.0%}' for x in each)} |")
+                      + (f" {more:+.3f} ± {c:.3f} |" if row not in ("plain", "oversample") else " – |"))
 
 
 def chart(lines, path):
     """SVG: share of the distance closed (worst group) against the number of rare images, a line a method."""
-    looks = {"oversample": ("#c2410c", "6 4"), "equal": ("#1d4ed8", "none")}
     counts = sorted({int(x["rare"]) for x in lines})
-    points = {m: [(n, *pooled(lines, m, n, "worst group", "share")) for n in counts] for m in looks}
-    top = max(1.1, *(s + h for p in points.values() for _, s, h, _ in p))
-    bottom = min(0.0, *(s - h for p in points.values() for _, s, h, _ in p))
-
-    def x(n, shift=0):
-        return 80 + shift + 380 * np.log(n / counts[0]) / max(np.log(counts[-1] / counts[0]), 1)
-
-    def y(share):
-        return 280 - 250 * (share - bottom) / (top - bottom)
-
-    out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 560 340" font-family="sans-serif" font-size="13">',
-           '<title>Share of the distance from plain to oracle that is closed, by number of rare images</title>',
-           '<rect width="560" height="340" fill="white"/>']
-    for share in np.arange(np.ceil(bottom * 4) / 4, top, 0.25):
-        out.append(f'<path d="M60 {y(share):.1f}H540" stroke="{"#555" if share in (0, 1) else "#ddd"}"/>'
-                   f'<text x="52" y="{y(share) + 4:.1f}" text-anchor="end">{share:.0%}</text>')
-    out += [f'<text x="{x(n):.1f}" y="302" text-anchor="middle">{n}</text>' for n in counts]
-    out.append('<text x="290" y="324" text-anchor="middle">images of the rare group among 1,000 (log scale)</text>'
-               '<text x="60" y="16">share of the distance plain to oracle closed, worst group</text>')
-    for k, (method, (colour, dash)) in enumerate(looks.items()):
-        shift = 12 * k - 6
-        line = " ".join(f"{x(n, shift):.1f},{y(s):.1f}" for n, s, _, _ in points[method])
-        out.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>')
-        for n, share, half, each in points[method]:
-            at = x(n, shift)
-            out.append(f'<path d="M{at:.1f} {y(share - half):.1f}V{y(share + half):.1f}" stroke="{colour}" stroke-width="2"/>'
-                       f'<circle cx="{at:.1f}" cy="{y(share):.1f}" r="4.5" fill="{colour}"/>')
-            out += [f'<circle cx="{at:.1f}" cy="{y(s):.1f}" r="2.5" fill="none" stroke="{colour}"/>' for s in each]
-        n, share, _, _ = points[method][-1]
-        out.append(f'<text x="{x(n, shift) + 10:.1f}" y="{y(share) + (4 if k else -6):.1f}" fill="{colour}">{method}</text>')
-    pathlib.Path(path).write_text("\n".join([*out, "</svg>"]) + "\n")
+    series = {}
+    for row, label in (("oversample", "oversampling"), ("drawn masks, painted, share 1", "Eq. 6, share 1"),
+                       ("equal", "Equal Scale, share 0.5")):
+        share, half = (100 * np.array(v) for v in zip(*(pooled(lines, row, n, "worst group", "share")[:2]
+                                                        for n in counts), strict=True))
+        series[label] = range(len(counts)), share, (share - half, share + half)
+    text = fairdiff.chart("Share of the distance from plain to oracle closed, worst group", "images of the rare group "
+                          "among 1,000 in training", "% of the distance from plain to oracle that is closed, worst group",
+                          series, {i: str(n) for i, n in enumerate(counts)})
+    pathlib.Path(path).write_text(text.replace("<svg ", '<svg style="background:white" ', 1) + "\n")
     print(f"picture: {path}")
 
 

@@ -13,7 +13,8 @@ import fairdiff
 def lines(tmp_path, phantom):
     """Lines of the CSV where plain misses the rare group, oracle misses nothing, the others a part of it."""
     rng, paths = np.random.default_rng(0), {}
-    for row, keep in (("plain", 0.2), ("oversample", 0.4), ("equal", 0.6), ("oracle", 1.0)):
+    for row, keep in (("plain", 0.2), ("oversample", 0.4), ("equal", 0.6), ("oracle", 1.0),
+                      ("drawn masks, painted, share 1", 0.5)):
         mask = phantom["mask"].copy()
         for i in np.flatnonzero(phantom["race"] == 0):
             mask[i] *= rng.random(mask[i].shape) < keep
@@ -56,4 +57,6 @@ def test_tables_and_chart_read_the_file_back(lines, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("| equal |") == 4 and "worst group, 30 images" in printed
     tree = xml.etree.ElementTree.parse(tmp_path / "chart.svg")
-    assert sum(e.tag.endswith("circle") for e in tree.iter()) == 2 * 2 * (1 + 2)
+    drawn = [e.text for e in tree.iter() if e.tag.endswith("title") and "[" in e.text]
+    (share, half, _) = study.pooled(read, "equal", 10, "worst group", "share")
+    assert len(drawn) == 3 * 2 and f"Equal Scale, share 0.5 {100 * share:.4g} [" in " ".join(drawn)
