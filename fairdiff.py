@@ -1009,13 +1009,14 @@ def report(args):
             "<meta name=viewport content='width=device-width,initial-scale=1'>",
             "<style>:root{color-scheme:light dark}pre{overflow-x:auto;font-size:13px}",
             "body{font:16px/1.5 sans-serif;max-width:60em;margin:auto;padding:1em}",
-            "img,svg{max-width:100%;height:auto}img{background:#fff}</style><h1>FairDiff</h1>"]
+            "img{max-width:100%;background:#fff}div{overflow-x:auto}svg{width:100%;min-width:36em;max-width:48em}</style>",
+            "<h1>FairDiff</h1>"]
     if "fairdiff.py phantom" in text("log/data.txt"):
         page.append("<p><b>Phantom images: a caricature for teaching and testing, no medical evidence.</b>")
     versions = ", ".join(f"{p} {metadata.version(p)}" for p in ("torch", "numpy", "scipy", "pillow", "tqdm"))
     page.append(f"{pre('log/command.txt')}<p>Python {sys.version.split()[0]}, {versions}.")
     for title, parts in sections.items():
-        page += [f"<h2>{title}</h2>", "".join(parts) or "<p><i>This stage has not run.</i>"]
+        page += [f"<h2>{title}</h2><div>", "".join(parts) or "<p><i>This stage has not run.</i>", "</div>"]
     with replacing(out / "report.html") as temporary:
         temporary.write_text("\n".join(page), encoding="utf-8")
     print(f"report: {out / 'report.html'}")
