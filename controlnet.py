@@ -13,8 +13,8 @@ is zero, but its gradient, the input times the error, is not; one step later it 
 everything before it.
 
 Expect at SCALE=cpu on 2 cores with bf16 (without): base 350 steps in 30 s (57), ControlNet 1,300 in 111 s
-(247), 1,002 images in 33 s (84); a judge's Dice on them is 0.98 (rare group) to 1.02 of its Dice on real images
-(phantom, seed 0).
+(247), 1,002 images in 33 s (84); a judge's Dice on them is 0.98 (rare group) to 1.02 of its Dice on real
+images (phantom, seed 0).
 """
 import fairdiff  # isort: skip  # noqa: F401  first, so that a Ctrl-C while torch loads is one line
 import copy
