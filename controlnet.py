@@ -32,8 +32,11 @@ from tqdm import tqdm
 from fairdiff import (
     ATTRIBUTE_NAMES,
     EMA,
+    RANK,
+    WORLD,
     InputError,
     Parser,
+    add_up,
     autocast,
     fingerprint,
     fitting,
@@ -41,7 +44,10 @@ from fairdiff import (
     known_groups,
     load_checkpoint,
     load_set,
+    mixed_seed,
     outline,
+    own_batches,
+    parallel,
     pick_device,
     replacing,
     resume,
@@ -250,19 +256,20 @@ def train(args):
     net = net.to(device, memory_format=torch.channels_last)
     reader = load_segmenter(args.reader, device) if control and args.reader else None
     image, mask, group = (torch.as_tensor(a, device=device) for a in (data["image"], data["mask"], code))
-    weight = method_weights(data, attribute, "oversample")              # the rare groups need the steps most
+    weight = method_weights(data, attribute, "oversample").to(device)   # the rare groups need the steps most
     trained = [p for p in net.parameters() if p.requires_grad]
     ema, optimizer = EMA(net, 0.995), torch.optim.AdamW(trained, args.lr, weight_decay=0.0, fused=True)
     start, log = resume(args.out, config, net, ema, optimizer)
-    bar = tqdm(range(start, args.steps), config["kind"], initial=start, total=args.steps)
+    run = parallel(net, device, args.compile)
+    bar = tqdm(range(start, args.steps), config["kind"], initial=start, total=args.steps, disable=RANK > 0)
     for step in bar:
-        torch.manual_seed((args.seed << 32) + step)                     # chance is a function of (seed, step)
+        torch.manual_seed(mixed_seed(args.seed, step))                  # chance is a function of (seed, step)
         for g in optimizer.param_groups:                              # warm up, then half a cosine to a tenth
             g["lr"] = args.lr * min((step + 1) / 50, 0.55 + 0.45 * math.cos(math.pi * step / args.steps))
-        index = draw_batch(weight, args.batch).to(device)
+        index = draw_batch(weight, args.batch)
         # Unit variance, as the schedule assumes: scaled to [-1, 1] grey images would drown in noise early.
         x0, cond = (image[index, None].float() - config["mean"]) / config["std"], (group[index].long(),)
-        focus = torch.ones(())
+        focus = torch.ones_like(x0)
         if control:                             # the labelled part counts fivefold, a small cup no less than
             cond += (mask[index].long(),)       # a large one: 5 times, shared among its pixels (5 % is usual)
             disc, cup = ((cond[1] >= label).float()[:, None] for label in (1, 2))
@@ -271,14 +278,14 @@ def train(args):
         if torch.rand(()) < 0.5:                                        # left and right eyes are mirrored
             x0, focus, *cond = (a.flip(-1) if a.ndim > 2 else a for a in (x0, focus, *cond))
         with autocast(device, dtype):
-            loss = ddpm.loss(net, x0, *cond, weight=focus / focus.mean())
+            loss = ddpm.loss(run, x0, *cond, weight=focus / focus.mean())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         ema.update(net, step)
         if step % 50 == 49 or step + 1 == args.steps:                  # reading the loss waits for the device
-            log.append([step + 1, loss.item()])
+            log.append([step + 1, float(add_up(loss.detach(), device)) / WORLD])
             bar.set_postfix(loss=f"{log[-1][1]:.3f}")
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
             save_training(args.out, config, net, ema, optimizer, step + 1, log)
@@ -296,8 +303,7 @@ def read_along(reader, net, ema, ddpm, config, data, code, device, dtype):
     rows = np.concatenate([np.flatnonzero(code == g)[:8] for g in np.unique(code[code >= 0])])
     averaged, mask = copy.deepcopy(net), data["mask"][rows]
     averaged.load_state_dict(ema.state)
-    made = sample_images(averaged, ddpm, config, code[rows], mask, mask.shape[1:], 10,
-                         torch.Generator(device).manual_seed(0), dtype)
+    made = sample_images(averaged, ddpm, config, code[rows], mask, mask.shape[1:], 10, 0, device, dtype)
     return [np.nanmean(read_dice(reader, x, mask, device, dtype)) for x in (made, data["image"][rows])]
 
 
@@ -308,7 +314,7 @@ def preview(out, net, ddpm, config, data, code, device, dtype):
     for g in np.unique(code[code >= 0]):
         show = np.flatnonzero(code == g)[:8]
         images = sample_images(net, ddpm, config, code[show], data["mask"][show] if control else None,
-                               data["image"].shape[1:], 20, torch.Generator(device).manual_seed(0), dtype)
+                               data["image"].shape[1:], 20, 0, device, dtype)
         real = data["image"][show]
         if control:
             real, images = ([outline(i, m) for i, m in zip(x, data["mask"][show], strict=True)]
@@ -333,21 +339,25 @@ GUIDANCE = 0.3          # settled by measurement, see the README
 
 
 @torch.no_grad()
-def sample_images(net, ddpm, config, code, mask, size, steps, generator, dtype=None, guidance=GUIDANCE,
+def sample_images(net, ddpm, config, code, mask, size, steps, seed, device, dtype=None, guidance=GUIDANCE,
                   batch=50):
-    """Images uint8 (N,H,W) of groups code (N,), over masks uint8 (N,H,W) or, None, freely."""
+    """Images uint8 (N,H,W) of groups code (N,), over masks uint8 (N,H,W) or, None, freely.
+
+    Every batch draws from (seed, its first image) alone, whichever process works on it.
+    """
     net.eval()
     mean, std = config["mean"], config["std"]
-    out = np.empty((len(code), *size), np.uint8)
-    for i in tqdm(range(0, len(code), batch), "images", leave=False):
-        cond = [torch.as_tensor(code[i:i + batch].astype(np.int64), device=generator.device)]
+    out = np.zeros((len(code), *size), np.uint8)
+    for rows in tqdm(own_batches(len(code), batch), "images", leave=False, disable=RANK > 0):
+        generator = torch.Generator(device).manual_seed(mixed_seed(seed, rows.start))
+        cond = [torch.as_tensor(code[rows].astype(np.int64), device=device)]
         if mask is not None:
-            cond += [torch.as_tensor(mask[i:i + batch].astype(np.int64), device=generator.device), guidance]
-        with autocast(generator.device, dtype):
+            cond += [torch.as_tensor(mask[rows].astype(np.int64), device=device), guidance]
+        with autocast(device, dtype):
             x = ddpm.sample(net, (len(cond[0]), 1, *size), *cond, steps=steps, generator=generator,
                             clip=(-mean / std, (255 - mean) / std))
-        out[i:i + batch] = (x[:, 0] * std + mean).round().clamp(0, 255).byte().cpu().numpy()
-    return out
+        out[rows] = (x[:, 0] * std + mean).round().clamp(0, 255).byte().cpu().numpy()
+    return add_up(out, device)
 
 
 def sample(args):
@@ -357,9 +367,9 @@ def sample(args):
     net, ddpm, config = load_painter(args.checkpoint, "control", device)
     check_grid(data, args.masks, config)
     code, names = group_codes(data, config["attribute"])
-    generator = torch.Generator(device).manual_seed(args.seed)
     images, *again = (sample_images(net, ddpm, config, code, data["mask"], data["mask"].shape[1:], args.steps,
-                                    generator, dtype, args.guidance) for _ in range(2 if args.reader else 1))
+                                    seed, device, dtype, args.guidance)
+                      for seed in (args.seed, mixed_seed(args.seed))[:2 if args.reader else 1])
     if args.reader:                                                     # of two, keep what it reads better
         reader = load_segmenter(args.reader, device)
         first, second = (np.nan_to_num(read_dice(reader, x, data["mask"], device, dtype)).sum(0)
@@ -497,8 +507,8 @@ def quality(args):
     group = np.repeat(groups, n)
 
     def paint(k, code, mask, seed):
-        return sample_images(*nets[k], code, mask, test["image"].shape[1:], args.steps,
-                             torch.Generator(device).manual_seed(seed), dtype, args.guidance)
+        return sample_images(*nets[k], code, mask, test["image"].shape[1:], args.steps, seed, device, dtype,
+                             args.guidance)
 
     rows = {"real": (test["image"][other], test["mask"][other]),
             "base, no control": (paint(0, group, None, args.seed), None),
@@ -575,6 +585,7 @@ def main(argv=None):
         p.add_argument("--batch", type=int, default=8, help="images a step")
         p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
         p.add_argument("--seed", type=int, default=0, help="draws weights, batches, times and noise")
+        p.add_argument("--compile", action="store_true", help="torch.compile: slow at first, then faster")
         p.add_argument("--device", default="auto", help="auto, cpu or cuda")
         p.set_defaults(run=train)
     p = sub.add_parser("sample", help="paint images over masks")

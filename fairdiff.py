@@ -12,6 +12,7 @@ The second half of the file is the common ground of the other four: the dataset 
 device, the preview sheet and the one-line error. Nothing here imports another file of the project.
 """
 import argparse
+import atexit
 import base64
 import collections
 import contextlib
@@ -35,6 +36,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 INTERRUPTED = "interrupted; the same command again continues"
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun sets them
 
 
 def _one_line(kind, error, trace):
@@ -493,16 +495,13 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see `python {self.prog} --help`)")
 
     def check(self, args):
-        """InputError where a number is not finite or too small, or --out cannot be written, before any work.
-
-        2^31: (seed << 32) + step has 64 bits.
-        """
+        """InputError, before any work, where a number is not finite, too small or --out cannot be written."""
         out = pathlib.Path(getattr(args, "out", "."))
         above = next(folder for folder in out.absolute().parents if folder.exists())
         if not above.is_dir() or not os.access(above, os.W_OK):
             raise InputError(f"{out}: cannot be made, {above} is no folder that can be written to")
         for name, value in vars(args).items():
-            least = 0 if name in ("seed", "train", "test", "rare", "val") else 1
+            least = 0 if name in ("seed", "train", "test", "rare", "val") else WORLD if name == "batch" else 1
             for v in value if isinstance(value, list) else [value]:
                 want = None
                 if type(v) is int and not least <= v < 2 ** 31:
@@ -521,8 +520,9 @@ def run_command(parser, argv):
         args = parser.parse_args(argv)
         parser.check(args)
         started = time.perf_counter()
-        args.run(args)
-        print(f"{parser.prog} {args.command}: {time.perf_counter() - started:.0f} s")
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if RANK else sys.stdout):
+            args.run(args)
+            print(f"{parser.prog} {args.command}: {time.perf_counter() - started:.0f} s")
         return 0
     except InputError as e:
         code, line = 2, str(e)
@@ -536,7 +536,8 @@ def run_command(parser, argv):
         code, line = 1, f"out of memory: a smaller --batch or --size helps ({_clean(e)})"
     except KeyboardInterrupt:
         code, line = 130, INTERRUPTED
-    print(f"{parser.prog}: {printable(line)}", file=sys.stderr)
+    if not RANK:
+        print(f"{parser.prog}: {printable(line)}", file=sys.stderr)
     return code
 
 
@@ -561,7 +562,10 @@ def make_folder(path):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary path that takes the place of `path` on success and vanishes on failure."""
+    """Yield a temporary path that takes the place of `path` on success and vanishes on failure.
+
+    Of several processes only the first one's file stays.
+    """
     path = pathlib.Path(path)
     make_folder(path.parent)
     if path.is_dir():
@@ -569,7 +573,8 @@ def replacing(path):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")      # same folder: rename is atomic there
     try:
         yield temporary
-        os.replace(temporary, path)
+        if not RANK:
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -708,10 +713,18 @@ def pick_device(name="auto"):
         raise InputError("--device cuda: this torch sees no CUDA device; use --device cpu")
     if name.startswith("cuda"):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True                           # shapes stay: the fastest kernel pays
         bf16 = torch.cuda.is_bf16_supported()
     else:
         bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    print(f"device: {name} ({why}), {'bf16 autocast' if bf16 else 'fp32 (no bf16 arithmetic here)'}")
+    if WORLD > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if name.startswith("cuda") else "gloo")
+        atexit.register(torch.distributed.destroy_process_group)
+    if WORLD > 1 and name.startswith("cuda"):                           # each process has a GPU of its own
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(name)
+    print(f"device: {name} ({why}), {'bf16 autocast' if bf16 else 'fp32 (no bf16 arithmetic here)'}"
+          + f", {WORLD} processes" * (WORLD > 1))
     return torch.device(name), torch.bfloat16 if bf16 else None
 
 
@@ -720,6 +733,46 @@ def autocast(device, dtype):
     import torch
 
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+# More than one process, under torchrun: each draws the same whole batch, times and noise from (seed, step),
+# takes its own rows of them, and DistributedDataParallel averages the gradients. So the result is that of one
+# process, up to rounding, and no sampler is needed.
+
+def parallel(net, device, compiled=False):
+    """What a training step calls: the network itself, its gradients averaged over the processes if several,
+    compiled if asked. Its weights are those of `net`."""
+    import torch
+
+    if WORLD > 1:
+        net = torch.nn.parallel.DistributedDataParallel(net, [device] if device.type == "cuda" else None)
+    return torch.compile(net) if compiled else net
+
+
+def own_rows(n):
+    """This process' rows of a batch of n, as a slice; the parts differ by one row at most."""
+    return slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
+
+
+def own_batches(n, batch):
+    """This process' batches of the rows 0 to n, as slices; the others leave theirs to `add_up`."""
+    return [slice(i, min(n, i + batch)) for i in range(RANK * batch, n, WORLD * batch)]
+
+
+def add_up(array, device):
+    """The sum of an array over the processes: what each has filled in, the rest being 0. Returns it."""
+    import torch
+
+    if WORLD > 1:
+        whole = torch.as_tensor(array, device=device)
+        torch.distributed.all_reduce(whole)
+        array = whole.cpu().numpy()
+    return array
+
+
+def mixed_seed(*numbers):
+    """One seed for torch from several numbers, such as seed and step; a CPU generator uses 32 bits alone."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def fingerprint(*arrays):
@@ -810,13 +863,14 @@ def resume(path, config, net, ema, optimizer):
     if changed:
         raise InputError(f"{path} is of another run ({'; '.join(changed[:3])}): "
                          "choose another --out or remove it")
-    ema.lock = open(make_folder(path.parent) / f".{path.name}.lock", "a")      # held as long as the average
-    try:
-        fcntl.flock(ema.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{path}: another run trains it; wait, or choose another --out") from None
-    for left in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.part"):    # by a run killed as it wrote
-        left.unlink()
+    if not RANK:
+        ema.lock = open(make_folder(path.parent) / f".{path.name}.lock", "a")  # held as long as the average
+        try:
+            fcntl.flock(ema.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{path}: another run trains it; wait, or choose another --out") from None
+        for left in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.part"):     # by a run killed midway
+            left.unlink()
     if state is None:
         return 0, []
     with fitting(path):

@@ -36,8 +36,11 @@ from fairdiff import (
     ATTRIBUTE_NAMES,
     EMA,
     OUTLINE,
+    RANK,
+    WORLD,
     InputError,
     Parser,
+    add_up,
     autocast,
     fingerprint,
     fitting,
@@ -45,6 +48,10 @@ from fairdiff import (
     known_groups,
     load_checkpoint,
     load_set,
+    mixed_seed,
+    own_batches,
+    own_rows,
+    parallel,
     pick_device,
     replacing,
     resume,
@@ -395,7 +402,8 @@ class DDPM:
 
     def _levels(self, t, x):
         """Signal and noise amplitudes at step t (B,), shaped to multiply x (B, ...)."""
-        a = self.alpha_bar.to(x.device)[t].view(-1, *[1] * (x.ndim - 1))
+        self.alpha_bar = self.alpha_bar.to(x.device)                    # once: a copy waits for the device
+        a = self.alpha_bar[t].view(-1, *[1] * (x.ndim - 1))
         return a.sqrt(), (1 - a).sqrt()
 
     def noise(self, x0, t, eps):
@@ -407,12 +415,17 @@ class DDPM:
         """Mean squared error of net(x_t, t, *cond) against the target, at steps and noise drawn afresh.
 
         weight (B, ...) says where errors count more. It moves no optimum, which is a mean at every element.
+        Of several processes each works on its own rows, and their mean is the loss of the batch.
         """
         t = torch.randint(self.T, (len(x0),), device=x0.device)
         eps = torch.randn_like(x0)
+        rows = own_rows(len(x0))                                        # all of them without torchrun
+        part = WORLD * (rows.stop - rows.start) / len(x0)
+        weight = weight[rows] if torch.is_tensor(weight) else weight
+        x0, t, eps, *cond = (a[rows] for a in (x0, t, eps, *cond))
         signal, sigma = self._levels(t, x0)
         target = eps if self.predict == "eps" else signal * eps - sigma * x0
-        return (weight * (net(self.noise(x0, t, eps), t, *cond).float() - target) ** 2).mean()
+        return part * (weight * (net(self.noise(x0, t, eps), t, *cond).float() - target) ** 2).mean()
 
     @torch.no_grad()
     def sample(self, net, shape, *cond, steps=50, generator=None, clip=None, eta=1.0, frames=None):
@@ -423,11 +436,11 @@ class DDPM:
         """
         device = generator.device if generator is not None else self.alpha_bar.device
         x = torch.randn(shape, generator=generator, device=device)
-        times = torch.linspace(self.T - 1, 0, min(steps, self.T)).round().long()
+        times = torch.linspace(self.T - 1, 0, min(steps, self.T)).round().long().tolist()
         for i, step in enumerate(times):
             if frames is not None:
                 frames.append(x)
-            t = step.repeat(shape[0]).to(device)
+            t = torch.full(shape[:1], step, device=device)
             out = net(x, t, *cond).float()
             signal, sigma = self._levels(t, x)
             x0 = signal * x - sigma * out if self.predict == "v" else (x - sigma * out) / signal
@@ -437,7 +450,7 @@ class DDPM:
                     frames.append(x0)
                 return x0                                               # no noise at the last step
             eps = (x - signal * x0) / sigma
-            signal2, sigma2 = self._levels(times[i + 1].repeat(shape[0]).to(device), x)
+            signal2, sigma2 = self._levels(torch.full_like(t, times[i + 1]), x)
             fresh = eta * sigma2 / sigma * (1 - (signal / signal2) ** 2).clamp(min=0).sqrt()
             x = signal2 * x0 + (sigma2 ** 2 - fresh ** 2).clamp(min=0).sqrt() * eps
             if eta > 0:
@@ -466,7 +479,8 @@ def train(args):
         rows = rows[code[rows] == group_number(names, args.group)]
     if not len(rows):
         raise InputError(f"{args.set}: no mask with a disc in group {args.group or 'any'}")
-    points = np.stack([mask_to_points(m) for m in tqdm(data["mask"][rows], "points", leave=False)])
+    points = np.stack([mask_to_points(m) for m in tqdm(data["mask"][rows], "points", leave=False,
+                                                     disable=RANK > 0)])
     mean, std = points.mean((0, 1)), points.std((0, 1)) + 1e-6          # constants of the training set, kept
     config = {"kind": "points", "groups": list(names), "image": list(data["mask"].shape[1:]), "T": 1000,
               "mean": mean.tolist(), "std": std.tolist(), "data": fingerprint(data["mask"], code),
@@ -480,9 +494,10 @@ def train(args):
     net = net.to(device)
     ema, optimizer = EMA(net, 0.998), torch.optim.Adam(net.parameters(), args.lr, fused=True)
     start, log = resume(args.out, config, net, ema, optimizer)
-    bar = tqdm(range(start, args.steps), "points", initial=start, total=args.steps)
+    run = parallel(net, device, args.compile)
+    bar = tqdm(range(start, args.steps), "points", initial=start, total=args.steps, disable=RANK > 0)
     for step in bar:
-        torch.manual_seed((args.seed << 32) + step)                     # chance is a function of (seed, step)
+        torch.manual_seed(mixed_seed(args.seed, step))                  # chance is a function of (seed, step)
         for g in optimizer.param_groups:                                # warm up, then half a cosine to zero
             g["lr"] = args.lr * min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / args.steps))
         index = torch.randint(len(clouds), (args.batch,), device=device)
@@ -491,7 +506,7 @@ def train(args):
         with autocast(device, dtype):
             mu, var = net.encode(x0)
             shape = mu + var.sqrt() * torch.randn_like(mu)
-            loss = ddpm.loss(net, x0, group[index], shape)
+            loss = ddpm.loss(run, x0, group[index], shape)
         kl = 0.5 * (mu ** 2 + var - var.log() - 1).sum(1).mean()        # holds the codes together
         optimizer.zero_grad(set_to_none=True)
         (loss + 1e-5 * kl).backward()
@@ -499,7 +514,7 @@ def train(args):
         optimizer.step()
         ema.update(net, step)
         if step % 50 == 49 or step + 1 == args.steps:                  # reading the loss waits for the device
-            log.append([step + 1, loss.item()])
+            log.append([step + 1, float(add_up(loss.detach(), device)) / WORLD])
             bar.set_postfix(loss=f"{log[-1][1]:.3f}")
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
             save_training(args.out, config, net, ema, optimizer, step + 1, log)
@@ -523,19 +538,25 @@ def load_points(path, device):
     return net.to(device).eval(), ddpm, state["config"]
 
 
-def sample_clouds(net, ddpm, config, group, n, steps, generator, batch=100, frames=None):
-    """n clouds float32 (n, 512, 3) of one group (its code), in mask coordinates; frames as in DDPM.sample."""
+def sample_clouds(net, ddpm, config, group, n, steps, seed, first=0, batch=100, frames=None):
+    """Clouds number first to first + n of one group (its code), float32 (n, 512, 3), in mask coordinates.
+
+    Every batch draws from (seed, group, its first cloud) alone, whichever process works on it. frames: as in
+    DDPM.sample, and then every process draws all of them.
+    """
     std, mean = np.float32(config["std"]), np.float32(config["mean"])
-    out = []
-    for i in range(0, n, batch):
-        b = min(batch, n - i)
-        code = torch.full((b,), group, device=generator.device)
+    out, device = np.zeros((n, 512, 3), np.float32), net.prior_mean.device
+    for rows in own_batches(n, batch) if frames is None else [slice(0, n)]:
+        generator = torch.Generator(device).manual_seed(mixed_seed(seed, group, first + rows.start))
+        code = torch.full((rows.stop - rows.start,), group, device=device)
         shape = net.draw_shape(code, generator)
-        out.append(ddpm.sample(net, (b, 512, 3), code, shape, steps=steps, generator=generator,
-                               clip=(-4, 4), frames=frames).cpu().numpy())     # no point lies 4 sd out
-    if frames is not None:
-        frames[:] = [x.cpu().numpy() * std + mean for x in frames]
-    return np.concatenate(out) * std + mean
+        x = ddpm.sample(net, (len(code), 512, 3), code, shape, steps=steps, generator=generator,
+                        clip=(-4, 4), frames=frames)                    # no point lies 4 sd out
+        out[rows] = x.cpu().numpy() * std + mean
+    if frames is None:
+        return add_up(out, device)
+    frames[:] = [x.cpu().numpy() * std + mean for x in frames]
+    return out
 
 
 def is_readable(points, size=64):
@@ -547,14 +568,14 @@ def is_readable(points, size=64):
     return True
 
 
-def sample_valid(net, ddpm, config, group, n, steps, generator, accept=is_valid):
+def sample_valid(net, ddpm, config, group, n, steps, seed, accept=is_valid):
     """n valid clouds of one group, how many were drawn and kept for them; InputError below 20 % valid."""
     kept, drawn = [], 0
     while len(kept) < n:
-        clouds = sample_clouds(net, ddpm, config, group, min(100, n - len(kept) + 4), steps, generator)
+        clouds = sample_clouds(net, ddpm, config, group, n - len(kept) + 4, steps, seed, first=drawn)
         drawn += len(clouds)
         kept += [c for c in clouds if accept(c)]
-        if drawn >= 40 and len(kept) < 0.2 * drawn:
+        if drawn >= 40 and len(kept) < min(n, 0.2 * drawn):
             raise InputError(f"only {len(kept)} of {drawn} sampled clouds show two nested outlines; "
                              "train longer with `python pointdiff.py train --steps`")
     return np.stack(kept[:n]), drawn, len(kept)
@@ -570,17 +591,26 @@ def read_masks(clouds, size):
 
 
 def sample(args):
-    """Draw masks of one group, or of every group, into a dataset file whose images are 0."""
+    """Draw masks of one group, or of every group, into a dataset file whose images are 0.
+
+    Several checkpoints: each draws the group that it was trained on, as the paper does.
+    """
     device, _ = pick_device(args.device)
-    net, ddpm, config = load_points(args.checkpoint, device)
-    names = tuple(config["groups"])
-    groups = [group_number(names, args.group)] if args.group else range(len(names))
+    painters = {}                                                       # who draws which group
+    for path in args.checkpoint:
+        net, ddpm, config = load_points(path, device)
+        names, own = tuple(config["groups"]), args.group or config["group"]
+        mine = [group_number(names, own)] if own else range(len(names))
+        if set(mine) & set(painters):
+            raise InputError(f"{path}: expected one checkpoint a group, this is another for {names[mine[0]]}")
+        painters |= {g: (net, ddpm, config) for g in mine}
+    if len({(c["attribute"], *c["image"]) for *_, c in painters.values()}) > 1:
+        raise InputError(f"{' '.join(args.checkpoint)}: expected one attribute and one size of masks")
     size = (args.size, args.size) if args.size else tuple(config["image"])
     n = args.n or config["share"]                                      # the most that Equal Scale can ask for
-    generator = torch.Generator(device).manual_seed(args.seed)
-    masks, codes, rows = [], [], []
+    masks, codes, rows, groups = [], [], [], sorted(painters)
     for g in groups:
-        clouds, drawn, valid = sample_valid(net, ddpm, config, g, n, args.steps, generator,
+        clouds, drawn, valid = sample_valid(*painters[g], g, n, args.steps, args.seed,
                                             (lambda c: is_readable(c, size)) if args.rough else is_valid)
         share = np.mean([is_valid(c) for c in clouds]) if args.rough else valid / drawn
         print(f"{names[g]}: {n} masks, {drawn - valid} of {drawn} clouds rejected ({share:.1%} valid)")
@@ -661,7 +691,6 @@ def score(args):
     """Are sampled masks like held-out real masks of their group, and are they new?"""
     device, _ = pick_device(args.device)
     net, ddpm, config = load_points(args.checkpoint, device)
-    generator = torch.Generator(device).manual_seed(args.seed)
     parts = []
     for path in (args.train, args.test):
         data = load_set(path)
@@ -676,14 +705,14 @@ def score(args):
         for g in there:
             known, held = parts[0][g], parts[1][g]
             n, started = min(500, len(held) // 2), time.perf_counter()      # two held-out sets of equal size
-            clouds, drawn, valid = sample_valid(net, ddpm, config, g, n, steps, generator)
+            clouds, drawn, valid = sample_valid(net, ddpm, config, g, n, steps, args.seed)
             rows = [("ms a cloud", 1000 * (time.perf_counter() - started) / drawn, 0.0),
                     ("valid", valid / drawn, 1.0)]
             made = read_masks(clouds, held.shape[1:])
             rows += compare_masks(made, known, held[:n], held[n:2 * n])
             table += [(names[g], n, steps, *row) for row in rows]
             if steps == args.steps[-1]:
-                cloud, = sample_clouds(net, ddpm, config, g, 1, steps, generator, frames=(frames := []))
+                cloud, = sample_clouds(net, ddpm, config, g, 1, steps, args.seed, frames=(frames := []))
                 far = chamfer(cloud[None, ::4], np.stack([mask_to_points(m, 128) for m in known]))[0]
                 picked = np.linspace(0, len(frames) - 1, 8).round().astype(int)
                 tiles = [draw_cloud(frames[i][0]) for i in picked]
@@ -769,6 +798,7 @@ def main(argv=None):
     p.add_argument("--predict", choices=("v", "eps"), default="v", help="the paper's: eps")
     p.add_argument("--schedule", choices=("cosine", "linear"), default="cosine", help="noise schedule")
     p.add_argument("--seed", type=int, default=0, help="draws weights, batches, times and noise")
+    p.add_argument("--compile", action="store_true", help="torch.compile: slow at first, then faster")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.set_defaults(run=train)
     p = sub.add_parser("score", help="compare sampled masks with held-out real ones")
@@ -781,7 +811,7 @@ def main(argv=None):
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.set_defaults(run=score)
     p = sub.add_parser("sample", help="draw masks")
-    p.add_argument("checkpoint", help="what train wrote")
+    p.add_argument("checkpoint", nargs="+", help="what train wrote; several: one for each group")
     p.add_argument("--out", default="masks.npz", help="dataset file of masks, images 0")
     p.add_argument("--group", help="one group's name; without it every group")
     p.add_argument("--n", type=int, help="masks a group (default: the equal share of the training set)")

@@ -18,7 +18,7 @@ rows="plain oversample adv groupdro fairseg equal synthetic-only oracle"
 attributes="race gender ethnicity language maritalstatus age"
 die() { echo "train.sh: $1" >&2; exit 2; }
 stop() { kill $(jobs -p) 2>/dev/null && wait || true    # a stage in the background does not see Ctrl-C itself
-  [ "$SHARED" != "$OUT" ] || echo "train.sh: interrupted; the same command again continues" >&2; exit 130; }
+  [ "$SHARED" != "$OUT" ] || printf '\n%s\n' "train.sh: interrupted; the same command again continues" >&2; exit 130; }
 trap stop INT TERM
 among() { case " $2 " in *" $1 "*) ;; *) die "$3=$1: expected all or any of $2" ;; esac }
 [ "$METHODS" != all ] || METHODS=$rows

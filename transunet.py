@@ -26,8 +26,11 @@ from tqdm import tqdm
 from fairdiff import (
     ATTRIBUTE_NAMES,
     EMA,
+    RANK,
+    WORLD,
     InputError,
     Parser,
+    add_up,
     autocast,
     fingerprint,
     fitting,
@@ -35,7 +38,11 @@ from fairdiff import (
     known_groups,
     load_checkpoint,
     load_set,
+    mixed_seed,
     outline,
+    own_batches,
+    own_rows,
+    parallel,
     pick_device,
     read_arrays,
     resume,
@@ -83,6 +90,58 @@ def draw_batch(weight, size):
 
 # ------------------------------------------------------------------------------------------------------------
 # Network
+
+class Total(torch.autograd.Function):
+    """The sum of a tensor over the processes; its gradient is summed likewise."""
+
+    @staticmethod
+    def forward(ctx, x):
+        torch.distributed.all_reduce(x := x.clone())
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        torch.distributed.all_reduce(grad := grad.contiguous().clone())
+        return grad
+
+
+def gather_rows(x, n):
+    """The rows of all processes (n, ...) from those that own_rows gave to this one, for losses that see the
+    whole batch. Each process then has the whole batch's loss, and their gradients' mean is its gradient."""
+    if WORLD == 1:
+        return x
+    mine = own_rows(n)
+    return Total.apply(F.pad(x.float(), (0, 0) * (x.ndim - 1) + (mine.start, n - mine.stop)))
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the images of all processes; torch's SyncBatchNorm does that on GPUs alone."""
+
+    def forward(self, x):
+        if WORLD == 1 or not self.training:
+            return super().forward(x)
+        y, dims = x.float(), (0, 2, 3)
+        n = Total.apply(y.new_tensor(y.numel() // y.shape[1]))
+        mean = Total.apply(y.sum(dims)) / n                             # (C,)
+        y = y - mean[:, None, None]
+        var = Total.apply((y ** 2).sum(dims)) / n
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (var + self.eps).rsqrt()
+        return (y * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+class Dropout(nn.Dropout):
+    """Dropout whose zeros fall where they would if one process had the whole batch. x: (B, ...)."""
+
+    def forward(self, x):
+        if WORLD == 1 or not self.training:
+            return super().forward(x)
+        kept = super().forward(x.new_ones(self.batch, *x.shape[1:]))    # train sets batch: the size of all
+        return x * kept[own_rows(self.batch)]
+
 
 class StdConv2d(nn.Conv2d):
     """Convolution whose filters are standardised to mean 0 and variance 1 first (Qiao et al. 2019)."""
@@ -151,7 +210,7 @@ class Block(nn.Module):
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
-        self.fc1, self.fc2, self.drop = nn.Linear(dim, mlp), nn.Linear(mlp, dim), nn.Dropout(dropout)
+        self.fc1, self.fc2, self.drop = nn.Linear(dim, mlp), nn.Linear(mlp, dim), Dropout(dropout)
 
     def forward(self, x):
         b, n, d = x.shape                                               # (B, L, D)
@@ -177,7 +236,7 @@ class Up(nn.Module):
 
 def conv_bn(cin, cout):
     """3x3 convolution, BatchNorm, ReLU."""
-    return nn.Sequential(nn.Conv2d(cin, cout, 3, padding=1, bias=False), nn.BatchNorm2d(cout), nn.ReLU())
+    return nn.Sequential(nn.Conv2d(cin, cout, 3, padding=1, bias=False), BatchNorm(cout), nn.ReLU())
 
 
 class TransUNet(nn.Module):
@@ -194,7 +253,7 @@ class TransUNet(nn.Module):
         self.stem = ResNetV2(units, width)
         self.embed = nn.Conv2d(16 * width, dim, 1)
         self.position = nn.Parameter(torch.zeros(1, dim, grid, grid))
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         self.blocks = nn.ModuleList(Block(dim, heads, mlp, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.bridge = conv_bn(dim, bridge)
@@ -267,22 +326,21 @@ class TransUNet(nn.Module):
         if p.shape[-2:] != x.shape[-2:]:
             p = F.interpolate(p, x.shape[-2:], mode="bilinear", align_corners=True)
         b, d, h, w = x.shape
-        x = self.drop(x + p).flatten(2).transpose(1, 2)                 # (B, L, D)
+        x = self.drop((x + p).flatten(2).transpose(1, 2).contiguous())  # (B, L, D)
         for block in self.blocks:
             x = block(x)
         return self.norm(x).transpose(1, 2).reshape(b, d, h, w), skips
 
-    def forward(self, x):
+    def forward(self, x, pooled=False):
+        """Logits; with pooled also the bottleneck's mean token (B,D), from which ADV guesses the group."""
         if x.shape[-1] % 16 or x.shape[-2] % 16:
             raise ValueError(f"image of {tuple(x.shape[-2:])} pixels: TransUNet needs multiples of 16")
-        return self.decode(*self.tokens(x))
-
-    def decode(self, x, skips):
-        """Logits (B,K,H,W) from what `tokens` returns."""
-        x = self.bridge(x)                                              # (B, bridge, H/16, W/16)
+        tokens, skips = self.tokens(x)                                  # (B, D, H/16, W/16)
+        x = self.bridge(tokens)                                         # (B, bridge, H/16, W/16)
         for up, skip in zip(self.ups, (*skips, None), strict=True):
             x = up(x, skip)                                             # 1/8, 1/4, 1/2, 1
-        return self.head(x)                                             # (B, K, H, W)
+        logits = self.head(x)                                           # (B, K, H, W)
+        return (logits, tokens.float().mean((2, 3))) if pooled else logits
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -405,7 +463,7 @@ class Fair(nn.Module):
         right, count = group_means((guess.argmax(1) == group).float(), group, guess.shape[1])
         self.recall.lerp_(torch.stack([right * count, count]), 0.02)
         seen = self.recall[1] > 0
-        return (self.recall[0] / self.recall[1])[seen].mean()
+        return torch.where(seen, self.recall[0] / self.recall[1], torch.nan).nanmean()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -449,7 +507,7 @@ def build(config):
 def make_optimizer(net, name, lr):
     """SGD as published (momentum 0.9, weight decay 1e-4) or AdamW; the learning rate follows poly 0.9."""
     if name == "sgd":
-        return torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=1e-4)
+        return torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=1e-4, fused=True)
     return torch.optim.AdamW(net.parameters(), lr, weight_decay=1e-2, fused=True)
 
 
@@ -468,7 +526,7 @@ def train(args):
               "val": args.val, "seed": args.seed,
               "data": fingerprint(data["image"], data["mask"], data[args.attribute])}
     rows, held = split_validation(data, args.attribute, args.val, args.seed)
-    weight = method_weights(take(data, rows), args.attribute, args.method)
+    weight = method_weights(take(data, rows), args.attribute, args.method).to(device)
     image = torch.as_tensor(data["image"][rows], device=device)     # uint8: the whole set stays on the device
     mask = torch.as_tensor(data["mask"][rows], device=device)
     code, names = group_codes(data, args.attribute)
@@ -486,17 +544,21 @@ def train(args):
     net = net.to(device, memory_format=torch.channels_last)
     ema, optimizer = EMA(net), make_optimizer(net, args.optimizer, lr)
     start, log = resume(args.out, config, net, ema, optimizer)
-    bar = tqdm(range(start, args.steps), f"transunet {args.method}", initial=start, total=args.steps)
+    run, mine = parallel(net, device, args.compile), own_rows(args.batch)
+    for module in net.modules():
+        if isinstance(module, Dropout):
+            module.batch = args.batch
+    bar = tqdm(range(start, args.steps), f"transunet {args.method}", initial=start, total=args.steps,
+               disable=RANK > 0)
     for step in bar:
-        torch.manual_seed((args.seed << 32) + step)                     # chance is a function of (seed, step)
+        torch.manual_seed(mixed_seed(args.seed, step))                  # chance is a function of (seed, step)
         for options in optimizer.param_groups:
             options["lr"] = lr * (1 - step / args.steps) ** 0.9
-        index = draw_batch(weight, args.batch).to(device)
+        index = draw_batch(weight, args.batch)
         x, y = augment(image[index, None].float() / 255, mask[index].long())
         g = group[index]
         with autocast(device, dtype):
-            features, skips = net.tokens(x)                             # (B, D, H/16, W/16): the bottleneck
-            logits = net.decode(features, skips)                        # (B, K, H, W)
+            logits, token = (gather_rows(a, args.batch) for a in run(x[mine], pooled=True))     # (B, K, H, W)
         if args.method == "groupdro":
             loss, net.fair.q = groupdro_loss(image_loss(logits, y), g, net.fair.q, strength)
         elif args.method == "fairseg":
@@ -505,7 +567,7 @@ def train(args):
             loss = seg_loss(logits, y)
         if args.method == "adv":
             ramp = 2 / (1 + math.exp(-10 * step / args.steps)) - 1      # the adversary learns first
-            guess = net.fair.adversary(Reverse.apply(features.float().mean((2, 3)), strength * ramp))
+            guess = net.fair.adversary(Reverse.apply(token, strength * ramp))                    # (B, G)
             loss = loss + adversary_loss(guess, g, net.fair.weight)
             accuracy = net.fair.watch(guess.detach(), g)
         optimizer.zero_grad(set_to_none=True)
@@ -542,12 +604,12 @@ def train(args):
 def segment(net, images, device, dtype=None, batch=100):
     """Label maps uint8 (N,H,W) that the network reads in grey images uint8 (N,H,W)."""
     net.eval()
-    out = np.empty(images.shape, np.uint8)
-    for i in range(0, len(images), batch):
-        x = torch.as_tensor(images[i:i + batch, None], device=device).float() / 255
+    out = np.zeros(images.shape, np.uint8)
+    for rows in own_batches(len(images), batch):
+        x = torch.as_tensor(images[rows, None], device=device).float() / 255
         with autocast(device, dtype):
-            out[i:i + batch] = net(x).argmax(1).byte().cpu().numpy()
-    return out
+            out[rows] = net(x).argmax(1).byte().cpu().numpy()
+    return add_up(out, device)
 
 
 def load_segmenter(path, device):
@@ -598,6 +660,7 @@ def main(argv=None):
     p.add_argument("--weights", help="with --base: ImageNet-21k weights, R50+ViT-B_16.npz")
     p.add_argument("--val", type=float, default=0, help="share of real images held out to choose by")
     p.add_argument("--seed", type=int, default=0, help="draws weights, batches and augmentation")
+    p.add_argument("--compile", action="store_true", help="torch.compile: slow at first, then faster")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.set_defaults(run=train)
     p = sub.add_parser("predict", help="segment a dataset")

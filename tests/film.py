@@ -42,9 +42,9 @@ def columns(out, seed):
     size = np.load(out / "data/train.npz")["mask"].shape[1:]
     for g, name in enumerate(config["groups"]):
         generator = torch.Generator().manual_seed(seed + g)
-        while True:                                     # the first cloud that is valid
+        for number in range(100):                       # the first cloud that is valid
             clouds = []
-            cloud, = pointdiff.sample_clouds(points, ddpm, config, g, 1, 40, generator, frames=clouds)
+            cloud, = pointdiff.sample_clouds(points, ddpm, config, g, 1, 40, seed, number, frames=clouds)
             if pointdiff.is_valid(cloud):
                 break
         mask = pointdiff.points_to_mask(cloud, size)

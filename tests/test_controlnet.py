@@ -139,7 +139,7 @@ def test_killed_and_resumed_equals_unbroken(command, set_file, trained, tmp_path
 def test_agreement_of_real_images_with_themselves_is_one(set_file, tmp_path):
     """The same set as generated and as real: ratio 1 in every group and pooled."""
     judge = str(tmp_path / "judge.pt")
-    assert transunet.main(["train", set_file, "--out", judge, "--steps", "30", "--batch", "8", "--width", "8"]) == 0
+    assert transunet.main(["train", set_file, "--out", judge, "--steps", "150", "--batch", "8", "--width", "8"]) == 0
     assert controlnet.main(["agree", judge, set_file, set_file, "--out", str(tmp_path / "a.csv")]) == 0
     rows = list(csv.DictReader(open(tmp_path / "a.csv")))
     assert {r["group"] for r in rows} == {"Asian", "Black", "White", "pooled"}

@@ -234,7 +234,7 @@ def test_score_prints_every_group_and_the_curve_over_sampler_steps(tmp_path, cap
     for seed, path in ((0, "train"), (1, "test")):
         fairdiff.save_set(tmp_path / f"{path}.npz", fairdiff.make_phantom(60, 64, seed, balance="race"))
     clouds = np.stack([mask_to_points(m) for m in fairdiff.make_phantom(60, 64, 2)["mask"]])
-    monkeypatch.setattr(pointdiff, "sample_clouds", lambda *a, frames=None: (
+    monkeypatch.setattr(pointdiff, "sample_clouds", lambda *a, frames=None, first=0: (
         frames.extend([clouds, clouds]) if frames is not None else None, clouds[:a[4]])[1])
     monkeypatch.setattr(pointdiff, "load_points", lambda *a: (
         None, None, {"attribute": "race", "group": None, "groups": ["Asian", "Black", "White"]}))

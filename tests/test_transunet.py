@@ -201,6 +201,15 @@ def test_killed_and_resumed_equals_unbroken(phantom, tmp_path, monkeypatch, caps
     assert transunet.main(["predict", str(tmp_path / "a.pt"), set_file, "--out", str(out)]) == 0
 
 
+def test_the_seed_draws_every_step(set_file, tmp_path, monkeypatch):
+    """Batches differ between seeds and steps: a torch generator on a CPU forgets what stands above 32 bits."""
+    drawn, real = [], transunet.draw_batch
+    monkeypatch.setattr(transunet, "draw_batch", lambda *a: drawn.append(real(*a)) or drawn[-1])
+    for seed in ("0", "1"):
+        assert transunet.main(["train", set_file, "--out", str(tmp_path / seed), "--steps", "3", "--width", "8", "--seed", seed]) == 0
+    assert len({tuple(batch.tolist()) for batch in drawn}) == 6
+
+
 def test_checkpoint_of_another_run_is_not_overwritten(set_file, tmp_path, capsys):
     """Another seed on the same file: exit code 2, the difference is named, the file stays."""
     assert train(set_file, tmp_path / "a.pt", 2) == 0
