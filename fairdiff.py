@@ -1035,26 +1035,28 @@ def report(args):
         return f"<pre>{html.escape(text(name))}</pre>" if text(name) else ""
 
     def picture(stem, alt):
-        return "".join(f"<p><img alt='{html.escape(f'{alt}: {p.relative_to(out)}')}' "
-                       f"src='data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}'>"
-                       for p in sorted(out.rglob("*.png")) if p.name.startswith(f"{stem}."))
+        found = [p for p in sorted(out.rglob("*.png")) if p.name.startswith(f"{stem}.")]
+        words = [html.escape(f"{alt} ({p.relative_to(out)})") for p in found]
+        return "".join(f"<figure><img alt='{text}' src='data:image/png;base64,"
+                       f"{base64.b64encode(p.read_bytes()).decode()}'><figcaption>{text}</figcaption></figure>"
+                       for p, text in zip(found, words, strict=True))
 
     seconds = [(int(p.read_text().split()[0]), p.stem) for p in out.rglob("*.done")]
     sections = {
-        "The data": (pre("log/data.txt"), picture("data.train",
-                                                  "patients of each group, with and without outlines")),
+        "The data": (pre("log/data.txt"), picture(
+            "data.train", "Training patients of each group; again with disc (blue), cup (orange) outlined")),
         "Points to masks (Section 2.2)": (
-            pre("log/masks.txt"), picture("points", "real and sampled masks of each group"),
-            picture("masks", "sampled masks of each group")),
+            pre("log/masks.txt"), picture("points", "From noise to boundary points, mask, nearest real ones"),
+            picture("masks", "Masks drawn for each group: disc grey, cup white")),
         "Masks to images (Section 2.3)": (
-            picture("base", "real images above those of the base, which sees no mask"),
-            picture("control", "real images above generated ones over the same masks"),
-            picture("synthetic", "images over sampled masks, and with the mask outlined")),
+            picture("base", "Real images, and below them those of the base, which sees no mask"),
+            picture("control", "Real images, and below them images painted over the same masks"),
+            picture("synthetic", "Images painted over drawn masks, each again with its mask outlined")),
         "Do the images show their masks?": (pre("log/agree.txt"),),
         "Table 1: how like real images?": (pre("log/quality.txt"), picture(
-            "table1", "a mask, its image, two other seeds, the nearest training image, twice")),
+            "table1", "A mask, its image, two other seeds, the nearest training image, twice")),
         "Equal Scale (Eq. 6), before and after": (
-            pre("log/mix.txt"), picture("mixed", "the mixed set, synthetic first")),
+            pre("log/mix.txt"), picture("mixed", "The mixed set, synthetic images first")),
         "Tables 2-5: TransUNet by group": (*group_charts(text("results.csv")), pre("log/table.txt")),
         "Training curves": (*loss_charts(out),),
         "Seconds a stage": ("<pre>" + "\n".join(f"{s:>7} {n}" for s, n in sorted(seconds, reverse=True))
@@ -1063,7 +1065,8 @@ def report(args):
             "<meta name=viewport content='width=device-width,initial-scale=1'>",
             "<style>:root{color-scheme:light dark}pre{overflow-x:auto;font-size:13px}",
             "body{font:16px/1.5 sans-serif;max-width:60em;margin:auto;padding:1em}",
-            "img{max-width:100%;background:#fff}div{overflow-x:auto}svg{width:100%;min-width:36em;max-width:48em}</style>",
+            "img{max-width:100%;background:#fff}figure{margin:1em 0}figcaption{font-size:14px}",
+            "div{overflow-x:auto}svg{width:100%;min-width:36em;max-width:48em}</style>",
             "<h1>FairDiff</h1>"]
     if "fairdiff.py phantom" in text("log/data.txt"):
         page.append("<p><b>Phantom images: a caricature for teaching and testing, no medical evidence.</b>")

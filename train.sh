@@ -8,12 +8,13 @@
 #   ATTRIBUTE=gender OUT=out-gender SEED=1 bash train.sh
 #   ATTRIBUTE=all OUT=out-all bash train.sh        Tables 2-5: one run an attribute, plain and judge trained once
 #   METHODS=all SEEDS="0 1 2" bash train.sh        every row of the tables, each TransUNet trained three times
+#   GPUS=4 SCALE=paper WEIGHTS=R50+ViT-B_16.npz DATA=path/to/fairseg bash train.sh
 #
 # The same command again skips complete stages and continues an interrupted one.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 SCALE=${SCALE:-} ATTRIBUTE=${ATTRIBUTE:-race} DATA=${DATA:-} OUT=${OUT:-out} SEED=${SEED:-0}
-METHODS=${METHODS:-plain oversample equal oracle} SEEDS=${SEEDS:-$SEED} SHARED=${SHARED:-$OUT} RARE=${RARE:-}
+METHODS=${METHODS:-} SEEDS=${SEEDS:-$SEED} SHARED=${SHARED:-$OUT} RARE=${RARE:-} WEIGHTS=${WEIGHTS:-} GPUS=${GPUS:-1}
 rows="plain oversample adv groupdro fairseg equal synthetic-only oracle"
 attributes="race gender ethnicity language maritalstatus age"
 die() { echo "train.sh: $1" >&2; exit 2; }
@@ -21,10 +22,8 @@ stop() { kill $(jobs -p) 2>/dev/null && wait || true    # a stage in the backgro
   [ "$SHARED" != "$OUT" ] || printf '\n%s\n' "train.sh: interrupted; the same command again continues" >&2; exit 130; }
 trap stop INT TERM
 among() { case " $2 " in *" $1 "*) ;; *) die "$3=$1: expected all or any of $2" ;; esac }
-[ "$METHODS" != all ] || METHODS=$rows
-for row in $METHODS; do among "$row" "$rows" METHODS; done
 [ "$ATTRIBUTE" = all ] || among "$ATTRIBUTE" "$attributes" ATTRIBUTE
-case $SEEDS$SEED in *[!0-9\ ]*) die "SEED=$SEED SEEDS=$SEEDS: expected whole numbers from 0" ;; esac
+case $SEEDS$SEED$GPUS in *[!0-9\ ]*) die "SEED=$SEED SEEDS=$SEEDS GPUS=$GPUS: expected whole numbers" ;; esac
 
 has_packages() { "$1" -c 'import importlib.util as u, sys
 sys.exit(not all(map(u.find_spec, ("torch", "numpy", "scipy", "PIL", "tqdm"))))' 2>/dev/null; }
@@ -41,7 +40,8 @@ if [ -z "$SCALE" ]; then SCALE=cpu why="no working CUDA device"; fi
 # One dial. size: pixels a side; train, test: phantom patients; then optimizer steps and batch of the point
 # model, the base, the ControlNet and every TransUNet; draw: sampler steps; *_flags: what else a stage is told.
 # share: how much of what a group lacks is synthetic, the rest repeats its real images (1: the paper's Eq. 6).
-points_flags="" draw_flags="" base_flags="" seg_flags="" share=0.5
+# each: a point model for every group, as in the paper; default: the rows of the table.
+points_flags="" draw_flags="" base_flags="" seg_flags="" share=0.5 each="" default="plain oversample equal oracle"
 case $SCALE in
   smoke) size=32 train=96 test=60                       # every stage; the clouds may be --rough
          points=200 points_batch=16 base=20 control=20 image_batch=8 seg=20 seg_batch=8 draw_points=20 draw_images=4
@@ -49,15 +49,19 @@ case $SCALE in
   cpu)   size=64 train=1000 test=2000                   # 92 patients of the rare group
          points=2800 points_batch=32 base=350 control=1300 image_batch=8 seg=280 seg_batch=16
          draw_points=32 draw_images=10 ;;
-  gpu)   size=128 train=8000 test=2000                  # the real data's size and proportions
+  gpu)   size=128 train=8000 test=2000 each=yes default=$rows     # the real data's size and proportions
          points=10000 points_batch=48 base=3000 control=6000 image_batch=48 seg=3000 seg_batch=48
          draw_points=100 draw_images=50 points_flags="--points 512" seg_flags="--optimizer sgd" ;;
-  paper) size=224 train=8000 test=2000                  # 3.1: 2 M steps of 48 at 1e-4; 300 epochs of 8,000 in 48s
+  paper) size=224 train=8000 test=2000 each=yes default=$rows     # 3.1: 2 M steps of 48 at 1e-4; 300 epochs of 8,000
          points=2000000 points_batch=48 base=50000 control=100000 image_batch=48 seg=50000 seg_batch=48
          draw_points=100 draw_images=50 points_flags="--points 512 --lr 1e-4" seg_flags="--base --optimizer sgd" share=1 ;;
   *) die "SCALE=$SCALE: expected smoke, cpu, gpu or paper" ;;
 esac
-dials="SCALE=$SCALE ATTRIBUTE=$ATTRIBUTE SEED=$SEED SEEDS='$SEEDS' METHODS='$METHODS' OUT=$OUT DATA=$DATA RARE=$RARE"
+METHODS=${METHODS:-$default}
+[ "$METHODS" != all ] || METHODS=$rows
+for row in $METHODS; do among "$row" "$rows" METHODS; done
+[ -z "$WEIGHTS" ] || seg_flags="$seg_flags --weights $WEIGHTS"
+dials="SCALE=$SCALE ATTRIBUTE=$ATTRIBUTE SEED=$SEED SEEDS='$SEEDS' METHODS='$METHODS' OUT=$OUT DATA=$DATA RARE=$RARE WEIGHTS=$WEIGHTS"
 echo "$dials ($SCALE: $why)"
 
 log=$OUT/log
@@ -69,14 +73,15 @@ find "$OUT" -name '.*.[0-9]*.part' -delete              # what a killed run had 
 echo "$dials bash train.sh" > "$log/command.txt"
 export PYTHONUNBUFFERED=1
 stage() {                                               # stage NAME FILE.py ARGUMENTS...: run once, keep its log
-  local name=$1 file=$2 started=$SECONDS; shift 2
+  local name=$1 file=$2 started=$SECONDS several=""; shift 2
+  case $GPUS,$file in 1,* | *,fair*) ;; *) several="-m torch.distributed.run --standalone --nproc_per_node=$GPUS" ;; esac
   if [ -f "$log/$name.done" ]; then
     if [ "$(sed -n 2p "$log/$name.done")" = "$file $*" ]; then echo "== $name: complete, skipped"; return; fi
     [ $name = table ] ||                                # METHODS and SEEDS may grow
       die "$OUT holds stage $name of another configuration: choose another OUT, or remove $OUT"
   fi
   echo "== $name: $file $*"
-  "$python" "$here/$file" "$@" | tee "$log/$name.txt" &
+  "$python" $several "$here/$file" "$@" | tee "$log/$name.txt" &
   wait %%
   printf '%s\n%s\n' "$((SECONDS - started))" "$file $*" > "$log/$name.done.part"
   mv "$log/$name.done.part" "$log/$name.done"
@@ -103,8 +108,19 @@ else
   stage oracle-data fairdiff.py phantom --out "$OUT/oracle" --train $train --test 0 --size $size $seed --balance "$ATTRIBUTE"
 fi
 # 2. Points to masks (Section 2.2).
-stage points pointdiff.py train "$real" $group --steps $points --batch $points_batch $points_flags $seed --out "$OUT/points.pt"
-stage masks pointdiff.py sample "$OUT/points.pt" --steps $draw_points $draw_flags $seed --out "$OUT/masks.npz"
+fit="--steps $points --batch $points_batch $points_flags $seed" models=()
+if [ -z "$each" ]; then
+  models=("$OUT/points.pt")
+  stage points pointdiff.py train "$real" $group $fit --out "$OUT/points.pt"
+else
+  present='import sys, fairdiff as f; c, names = f.group_codes(f.load_set(sys.argv[1]), sys.argv[2])
+print(*(names[g] for g in sorted(set(c)) if g >= 0), sep="\n")'
+  while read -r name <&3; do
+    model=points-${#models[@]} models+=("$OUT/points-${#models[@]}.pt")
+    stage $model pointdiff.py train "$real" $group --group "$name" $fit --out "$OUT/$model.pt"
+  done 3< <(PYTHONPATH=$here "$python" -c "$present" "$real" "$ATTRIBUTE")
+fi
+stage masks pointdiff.py sample "${models[@]}" --steps $draw_points $draw_flags $seed --out "$OUT/masks.npz"
 # 3. Masks to images (Section 2.3). The plain TransUNet, the table's first row, reads some along the way.
 images="--batch $image_batch $seed" seg_args="--steps $seg --batch $seg_batch $seg_flags"
 once plain transunet.py train "$real" --method plain $seg_args $seed --out "$SHARED/plain.pt"

@@ -1,7 +1,9 @@
-"""Speed of every part, printed as a table: python tests/bench.py [--size 64] [--base]
+"""Speed of every part, printed as a table: python tests/bench.py [--size 64] [--base] [--compile]
 
-GFLOP/s are counted by torch.utils.flop_counter and compared with the fastest matrix product measured in the same
-run. Nothing here is asserted: timings depend on the machine and on what else it does.
+A row is the work as the project does it: bf16 autocast where the hardware has it, channels-last, fused optimizer. Its
+GFLOP/s are counted by torch.utils.flop_counter and compared with the fastest matrix product measured in the same run;
+"vs fp32" is the speed against plain fp32 eager PyTorch, measured beside it. On a GPU batches are those of SCALE=gpu,
+TransUNet.base at 224 px is measured, too, and the peak memory. Nothing here is asserted: timings depend on the machine.
 """
 import argparse
 import contextlib
@@ -38,13 +40,18 @@ def seconds(work, repeat, device):
 def main():
     """Print the table."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--size", type=int, default=64, help="pixels a side")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--size", type=int, help="pixels a side (64, on a GPU 128)")
+    parser.add_argument("--batch", type=int, help="images a step (16, on a GPU 48)")
     parser.add_argument("--repeat", type=int, default=8)
-    parser.add_argument("--base", action="store_true", help="also the published TransUNet at 224 px, batch 2")
+    parser.add_argument("--base", action="store_true", help="also the published TransUNet at 224 px, batch 2 (GPU: 48, always)")
+    parser.add_argument("--compile", action="store_true", help="a row each for torch.compile")
     args = parser.parse_args()
     device, dtype = fairdiff.pick_device()
-    n = 4096 if device.type == "cuda" else 2048
+    gpu = device.type == "cuda"
+    if gpu:
+        print(torch.cuda.get_device_name(device))
+    args.size, args.batch = args.size or (128 if gpu else 64), args.batch or (48 if gpu else 16)
+    n = 8192 if gpu else 2048
     peaks = {}
     for name, kind in {"fp32": torch.float32, "half": dtype}.items():
         if kind is not None:
@@ -52,31 +59,43 @@ def main():
             peaks[name] = 2 * n ** 3 / seconds(lambda a=a: a @ a, 3, device) / 1e9
     peak = peaks.get("half", peaks["fp32"])
     print("matrix product, GFLOP/s: " + ", ".join(f"{k} {v:.0f}" for k, v in peaks.items()))
-    print(f"{'work':<44}{'a second':>12}{'ms':>10}{'of peak':>9}{'vs fp32':>9}")
+    print(f"{'work':<44}{'a second':>12}{'ms':>10}{'of peak':>9}{'vs fp32':>9}" + f"{'peak GiB':>10}" * gpu)
 
-    def row(name, work, items, plain=None):
+    def row(name, work, items, plain=None, compiled=None):
         with FlopCounterMode(display=False) as flops:
             work()
-        s = seconds(work, args.repeat, device)
-        share = flops.get_total_flops() / s / 1e9 / peak
-        ratio = f"{seconds(plain, args.repeat, device) / s:>8.2f}x" if plain else ""
-        print(f"{name:<44}{items / s:>12.1f}{1e3 * s:>10.1f}{share:>9.1%}{ratio}")
+        reference = None
+        if plain:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+            reference = seconds(plain, args.repeat, device)
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        for label, run in ((name, work), (f"{name}, compiled", compiled if args.compile else None)):
+            if run:
+                if gpu:
+                    torch.cuda.reset_peak_memory_stats()
+                s = seconds(run, args.repeat, device)
+                share = flops.get_total_flops() / s / 1e9 / peak
+                ratio = f"{reference / s:>8.2f}x" if reference else " " * 9
+                memory = f"{torch.cuda.max_memory_allocated() / 2 ** 30:>10.2f}" if gpu else ""
+                print(f"{label:<44}{items / s:>12.1f}{1e3 * s:>10.1f}{share:>9.1%}{ratio}{memory}".rstrip(), flush=True)
 
-    def training(net, loss, fast):
+    def training(net, loss, fast, compiled=False):
         """One optimizer step: as the project does it, or plain fp32 in torch's default memory layout."""
         net = net.to(device, memory_format=torch.channels_last if fast else torch.contiguous_format)
-        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-3)
+        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-3, fused=fast)
+        called = torch.compile(net) if compiled else net
 
         def step():
             with fairdiff.autocast(device, dtype if fast else None):
-                value = loss(net)
+                value = loss(called)
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             optimizer.step()
         return step
 
     def both(name, make, loss, items):
-        row(name, training(make(), loss, True), items, training(make(), loss, False))
+        row(name, training(make(), loss, True), items, training(make(), loss, False),
+            training(make(), loss, True, True) if args.compile else None)
 
     ddpm, b, s = pointdiff.DDPM(), args.batch, args.size
     start = time.perf_counter()
@@ -122,14 +141,16 @@ def main():
          lambda n: ddpm.loss(n, image, group, mask), b)
     painter = controlnet.ControlNet(controlnet.UNet(3, patch=patch)).to(device, memory_format=torch.channels_last)
     row(f"ControlNet, sampling {b}, {s} px, 10 steps", lambda: controlnet.sample_images(
-        painter, ddpm, {"mean": 100.0, "std": 40.0}, np.zeros(b, np.int64), masks[:b], (s, s), 10,
-        torch.Generator(device), dtype), b)
+        painter, ddpm, {"mean": 100.0, "std": 40.0}, np.zeros(b, np.int64), masks[:b], (s, s), 10, 0, device, dtype), b)
     both(f"TransUNet compact, step of {b}, {s} px", transunet.TransUNet,
          lambda n: transunet.seg_loss(n((image + 1) / 2), mask), b)
-    if args.base:
-        x2 = torch.rand(2, 1, 224, 224, device=device)
-        y2 = torch.randint(3, (2, 224, 224), device=device)
-        both("TransUNet base, step of 2, 224 px", transunet.TransUNet.base, lambda n: transunet.seg_loss(n(x2), y2), 2)
+    reader = transunet.TransUNet().to(device, memory_format=torch.channels_last)
+    seen = np.zeros((b, s, s), np.uint8)
+    row(f"TransUNet compact, reading {b}, {s} px", lambda: transunet.segment(reader, seen, device, dtype), b)
+    if args.base or gpu:
+        b = 48 if gpu else 2
+        x, y = torch.rand(b, 1, 224, 224, device=device), torch.randint(3, (b, 224, 224), device=device)
+        both(f"TransUNet base, step of {b}, 224 px", transunet.TransUNet.base, lambda n: transunet.seg_loss(n(x), y), b)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,9 @@ def test_fairseg_files_run_the_pipeline(copy, smoke):
 
 
 STUB = """#!/bin/sh
+case "$2" in *group_codes*) printf 'Asian\nOld and grey\n' ;; esac
 [ "$1" = -c ] && exit 0
+[ "$1" != -m ] || shift 4
 shift_out() { while [ "$1" != --out ]; do shift; done; echo "$2"; }
 echo "$(basename "$1") $(echo "$@" | cut -d' ' -f2-)" >> "$CALLS"
 if [ "$2" = table ]; then out=$(shift_out "$@"); echo "attribute,x" > "$out"; echo "${out%/*},1" >> "$out"
@@ -201,6 +203,18 @@ def test_rows_and_seeds_may_grow(calls):
     more = [line for line in calls(METHODS="plain adv", SEEDS="0 1") if "report" not in line]
     assert sum(line.startswith("transunet.py train") for line in first) == 5 and len(more) == 7
     assert [m.split(" --out ")[1] for m in more if "transunet.py train" in m] == ["out/plain-1.pt", "out/adv.pt", "out/adv-1.pt"]
+
+
+def test_gpu_scale_is_the_papers_setting_on_several_processes(calls, tmp_path):
+    """SCALE=gpu: a point model a group, every row of the tables; GPUS=2: what learns and draws runs under torchrun."""
+    lines = calls(SCALE="gpu", GPUS="2")
+    assert [line.split("--group ")[1].split(" --")[0] for line in lines if line.startswith("pointdiff.py train")] == [
+        "Asian", "Old and grey"]
+    assert any(line.startswith("pointdiff.py sample out/points-0.pt out/points-1.pt --steps") for line in lines)
+    rows = "plain oversample adv groupdro fairseg equal synthetic-only oracle".split()
+    assert all(f"{row}:0=out/pred/{row}.npz" in lines[-2] for row in rows)
+    lines = calls(SCALE="paper", OUT="paper", WEIGHTS="w.npz", METHODS="plain")
+    assert any("--base --optimizer sgd --weights w.npz" in line for line in lines if "--out paper/plain.pt" in line)
 
 
 @pytest.mark.parametrize("name, value", [("METHODS", "plain magic"), ("ATTRIBUTE", "zodiac"), ("SEEDS", "0 x")])
