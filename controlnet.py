@@ -38,6 +38,7 @@ from fairdiff import (
     Parser,
     add_up,
     autocast,
+    check_finished,
     fingerprint,
     fitting,
     group_codes,
@@ -208,7 +209,7 @@ class ControlNet(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # Training
 
-SAVE_EVERY = 200                                        # steps between checkpoints: every 20 s on a laptop
+SAVE_EVERY = 200                                        # steps between checkpoints: 20 to 50 s on a laptop
 
 
 def build(config):
@@ -225,6 +226,7 @@ def load_painter(path, kind, device):
     with fitting(path):
         net, ddpm = build(state["config"])
         net.load_state_dict(state["ema"])
+        check_finished(path, state)
     return net.to(device, memory_format=torch.channels_last), ddpm, state["config"]
 
 
@@ -234,6 +236,11 @@ def train(args):
     data = load_set(args.set)
     control = args.command == "train-control"
     state = load_checkpoint(args.base, "base", HELP_BASE) if control else None
+    if control:
+        check_finished(args.base, state)
+    reader = load_segmenter(args.reader, device) if control and args.reader else None
+    if reader:
+        check_size(data, args.set)
     attribute = state["config"]["attribute"] if control else args.attribute
     code, names = known_groups(data, attribute)
     shared = state["config"] if control else {
@@ -254,7 +261,6 @@ def train(args):
         net.copy.load_state_dict(net.base.encoder.state_dict())
         net.decoder.load_state_dict(net.base.decoder.state_dict())
     net = net.to(device, memory_format=torch.channels_last)
-    reader = load_segmenter(args.reader, device) if control and args.reader else None
     image, mask, group = (torch.as_tensor(a, device=device) for a in (data["image"], data["mask"], code))
     weight = method_weights(data, attribute, "oversample").to(device)   # the rare groups need the steps most
     trained = [p for p in net.parameters() if p.requires_grad]
@@ -270,8 +276,8 @@ def train(args):
         # Unit variance, as the schedule assumes: scaled to [-1, 1] grey images would drown in noise early.
         x0, cond = (image[index, None].float() - config["mean"]) / config["std"], (group[index].long(),)
         focus = torch.ones_like(x0)
-        if control:                             # the labelled part counts fivefold, a small cup no less than
-            cond += (mask[index].long(),)       # a large one: 5 times, shared among its pixels (5 % is usual)
+        if control:                             # The disc counts fivefold, the cup 5 x (0.05 / its share of
+            cond += (mask[index].long(),)       # the image) more: small ones as much as large, 0.05 is usual
             disc, cup = ((cond[1] >= label).float()[:, None] for label in (1, 2))
             share = 0.05 / cup.mean((1, 2, 3), keepdim=True).clamp(min=0.005)
             focus = 1 + 4 * F.max_pool2d(disc, 9, 1, 4) + 5 * share * F.max_pool2d(cup, 5, 1, 2)
@@ -367,14 +373,20 @@ def sample(args):
     net, ddpm, config = load_painter(args.checkpoint, "control", device)
     check_grid(data, args.masks, config)
     code, names = group_codes(data, config["attribute"])
-    images, *again = (sample_images(net, ddpm, config, code, data["mask"], data["mask"].shape[1:], args.steps,
-                                    seed, device, dtype, args.guidance)
-                      for seed in (args.seed, mixed_seed(args.seed))[:2 if args.reader else 1])
-    if args.reader:                                                     # of two, keep what it reads better
-        reader = load_segmenter(args.reader, device)
-        first, second = (np.nan_to_num(read_dice(reader, x, data["mask"], device, dtype)).sum(0)
-                         for x in (images, again[0]))
-        images[second > first] = again[0][second > first]
+    reader = load_segmenter(args.reader, device) if args.reader else None
+    if reader:
+        check_size(data, args.masks)
+
+    def draw(seed):
+        return sample_images(net, ddpm, config, code, data["mask"], data["mask"].shape[1:], args.steps, seed,
+                             device, dtype, args.guidance)
+
+    images = draw(args.seed)
+    if reader:                                                          # of two, keep what it reads better
+        again = draw(mixed_seed(args.seed))
+        first, second = (np.nan_to_num(read_dice(reader, x, data["mask"], device, dtype), nan=1).sum(0)
+                         for x in (images, again))                      # NaN: no cup, and none read
+        images[second > first] = again[second > first]
     save_set(args.out, data | {"image": images, "synthetic": np.ones(len(images), bool)})
     print(f"{args.out}: {len(images)} images")
     groups = np.unique(code)
@@ -594,7 +606,7 @@ def main(argv=None):
     p.add_argument("--out", default="synthetic.npz", help="the same rows with images")
     p.add_argument("--reader", help="a segmenter, plain.pt: draw twice, keep the image that it reads better")
     p.add_argument("--steps", type=int, default=10, help="sampler steps")
-    p.add_argument("--guidance", type=float, default=GUIDANCE, help="how far beyond the mask's bare word")
+    p.add_argument("--guidance", type=float, default=GUIDANCE, help="weight w; 0: what the ControlNet says")
     p.add_argument("--seed", type=int, default=0, help="draws the noise")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.set_defaults(run=sample)
@@ -616,7 +628,7 @@ def main(argv=None):
     p.add_argument("--n", type=int, default=100, help="images a group at most, the same number in each")
     p.add_argument("--inception", help="TorchScript Inception for FID; this *runs* the file's program")
     p.add_argument("--steps", type=int, default=10, help="sampler steps")
-    p.add_argument("--guidance", type=float, default=GUIDANCE, help="how far beyond the mask's bare word")
+    p.add_argument("--guidance", type=float, default=GUIDANCE, help="weight w; 0: what the ControlNet says")
     p.add_argument("--out", default="table1.csv", help="the table; a picture is written beside it")
     p.add_argument("--seed", type=int, default=0, help="draws images and noise")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")

@@ -36,7 +36,8 @@ from scipy import ndimage
 from tqdm import tqdm
 
 INTERRUPTED = "interrupted; the same command again continues"
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun sets them
+WORLD = int(os.environ.get("WORLD_SIZE", 1))                            # processes, and which one this is:
+RANK = int(os.environ["RANK"]) if WORLD > 1 else 0                      # torchrun sets both
 
 
 def _one_line(kind, error, trace):
@@ -245,7 +246,7 @@ def make_phantom(n, size, seed, shift=1.0, balance=None, rare=None):
             code = np.where(code == len(share), -1, code)
         data[attribute] = code.astype(np.int8)
     race = data["race"]
-    if rare is not None:                                                # 10 of them are among the 30
+    if rare is not None:                            # the first 10 who stay are among the 30 who would
         race[np.flatnonzero(race == 0)[rare:]] = 2
     data["mask"] = np.empty((n, size, size), np.uint8)
     for i in range(n):
@@ -531,12 +532,12 @@ def run_command(parser, argv):
     except FloatingPointError as e:
         code, line = 1, str(e)
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and "memory" not in str(e):
+        if not isinstance(e, MemoryError) and not re.search("(out of|allocate|enough) memory", str(e)):
             raise
         code, line = 1, f"out of memory: a smaller --batch or --size helps ({_clean(e)})"
     except KeyboardInterrupt:
         code, line = 130, INTERRUPTED
-    if not RANK:
+    if not RANK or code != 2:                                           # bad input is the same for all
         print(f"{parser.prog}: {printable(line)}", file=sys.stderr)
     return code
 
@@ -673,6 +674,8 @@ def load_set(path):
 def save_set(path, data):
     """Validate and write one dataset file, whole or not at all."""
     data = check_set(data, path)
+    if RANK:
+        return
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **data)
 
@@ -712,9 +715,12 @@ def pick_device(name="auto"):
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("--device cuda: this torch sees no CUDA device; use --device cpu")
     if name.startswith("cuda"):
+        there, last = torch.cuda.device_count(), int((name + ":0").split(":")[1])
+        if (wanted := int(os.environ["LOCAL_WORLD_SIZE"]) if WORLD > 1 else last + 1) > there:
+            raise InputError(f"{wanted} GPUs wanted, {there} here: lower GPUS or --device")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True                           # shapes stay: the fastest kernel pays
-        bf16 = torch.cuda.is_bf16_supported()
+        bf16 = torch.cuda.get_device_capability(name)[0] >= 8           # is_bf16_supported counts emulation
     else:
         bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     if WORLD > 1 and not torch.distributed.is_initialized():
@@ -740,8 +746,8 @@ def autocast(device, dtype):
 # process, up to rounding, and no sampler is needed.
 
 def parallel(net, device, compiled=False):
-    """What a training step calls: the network itself, its gradients averaged over the processes if several,
-    compiled if asked. Its weights are those of `net`."""
+    """The network as a training step calls it: wrapped so that gradients are averaged over the processes, and
+    compiled if asked. It shares its weights with `net`."""
     import torch
 
     if WORLD > 1:
@@ -755,7 +761,8 @@ def own_rows(n):
 
 
 def own_batches(n, batch):
-    """This process' batches of the rows 0 to n, as slices; the others leave theirs to `add_up`."""
+    """This process' share of the batches of rows 0 to n, as slices. It leaves all other rows 0; `add_up` then
+    fills them in from the other processes."""
     return [slice(i, min(n, i + batch)) for i in range(RANK * batch, n, WORLD * batch)]
 
 
@@ -771,7 +778,10 @@ def add_up(array, device):
 
 
 def mixed_seed(*numbers):
-    """One seed for torch from several numbers, such as seed and step; a CPU generator uses 32 bits alone."""
+    """One seed for torch from several numbers, such as seed and step; a CPU generator uses 32 bits alone.
+
+    Zeros at the end do not count: (5,) and (5, 0) give the same.
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -804,9 +814,11 @@ class EMA:
 
 
 def save_checkpoint(path, **state):
-    """Write one plain dict with torch.save, whole or not at all."""
+    """Write one plain dict with torch.save, whole or not at all; of several processes the first writes."""
     import torch
 
+    if RANK:
+        return
     with replacing(path) as temporary:
         try:
             with open(temporary, "wb") as file:                         # its name would enter the archive
@@ -836,6 +848,12 @@ def load_checkpoint(path, kind=None, help="train it first"):
     return state
 
 
+def check_finished(path, state):
+    """InputError where the training that a checkpoint belongs to has not come to its end."""
+    if state["step"] < (steps := state["config"]["steps"]):
+        raise InputError(f"{path}: {state['step']} of {steps} steps done; run the same train command again")
+
+
 @contextlib.contextmanager
 def fitting(path):
     """InputError where what a checkpoint holds does not build or fill its network."""
@@ -850,8 +868,8 @@ def resume(path, config, net, ema, optimizer):
     """Continue an interrupted training in place. Returns the step to go on with and the log so far.
 
     Every draw of a training step comes from (seed, step), so the step is all there is to remember of chance.
-    InputError where the file belongs to another configuration or dataset: it is never overwritten, and where
-    another process trains into it.
+    InputError where the file belongs to another configuration or dataset (it is never overwritten), or where
+    another process is training into it.
     """
     import fcntl
 
@@ -882,9 +900,9 @@ def resume(path, config, net, ema, optimizer):
 
 
 def save_training(path, config, net, ema, optimizer, step, log):
-    """Checkpoint a training after `step` steps. FloatingPointError, and no file, where the loss or, which it
-    shows a step later, a weight is not finite."""
-    bad = [(at, f"the loss became {loss}") for at, loss, *_ in log if not np.isfinite(loss)]
+    """Checkpoint a training after `step` steps. FloatingPointError, and nothing written, if one of the last
+    losses logged or any weight is not finite. (A bad weight would show in the loss only a step later.)"""
+    bad = [(at, f"the loss became {loss}") for at, loss, *_ in log[-8:] if not np.isfinite(loss)]
     if not all(v.isfinite().all() for v in net.state_dict().values()):
         bad.append((step, "weights became infinite"))
     if bad:

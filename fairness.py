@@ -170,7 +170,7 @@ def _bootstrap(sizes, n_boot, seed):
     rng = np.random.default_rng([seed, 0])
     strata = zip(sizes, np.cumsum(sizes), strict=True)
     return np.concatenate([rng.integers(end - n, end or 1, (n_boot, n), np.int32)     # int32: half the memory
-                           for n, end in strata], axis=1)
+                           for n, end in strata], axis=1)       # or 1: no one unknown, numpy wants a range
 
 
 @functools.lru_cache(maxsize=4)

@@ -42,6 +42,7 @@ from fairdiff import (
     Parser,
     add_up,
     autocast,
+    check_finished,
     fingerprint,
     fitting,
     group_number,
@@ -353,11 +354,11 @@ class PointNet(nn.Module):
 
     @torch.no_grad()
     def fit_prior(self, x, group):
-        """Fit a Gaussian to each group's shape codes: its own mean, and a covariance leant on all groups'.
+        """Fit a Gaussian to each group's shape codes: its own mean, a covariance drawn towards all groups'.
 
         x (M, N, 3) clean clouds, group long (M,). A rare group has too few clouds for D^2 / 2 numbers: its
-        covariance weighs n / (n + 3 D) against the one within all groups. Row 0, and a group that is not
-        there, is everybody.
+        covariance weighs n / (n + 3 D) against the one within all groups. Row 0, and a group
+        of fewer than two clouds, is everybody.
         """
         codes = [self.encode(part) for part in x.split(256)]
         mean, variance = (torch.cat(c).float() for c in zip(*codes, strict=True))
@@ -414,7 +415,8 @@ class DDPM:
     def loss(self, net, x0, *cond, weight=1.0):
         """Mean squared error of net(x_t, t, *cond) against the target, at steps and noise drawn afresh.
 
-        weight (B, ...) says where errors count more. It moves no optimum, which is a mean at every element.
+        weight (B, ...) says how much an error costs, not what the best answer is: at every element that is
+        the mean of the target given the input, whatever its weight.
         Of several processes each works on its own rows, and their mean is the loss of the batch.
         """
         t = torch.randint(self.T, (len(x0),), device=x0.device)
@@ -460,7 +462,7 @@ class DDPM:
 # ------------------------------------------------------------------------------------------------------------
 # Training
 
-SAVE_EVERY = 200                                        # steps between checkpoints: every 20 s on a laptop
+SAVE_EVERY = 200                                        # steps between checkpoints: seconds on a laptop
 
 
 def build(config):
@@ -475,6 +477,8 @@ def train(args):
     data = load_set(args.set)
     code, names = known_groups(data, args.attribute)
     rows = np.flatnonzero((data["mask"] > 0).any((1, 2)))               # an image without disc has no outline
+    if args.points > 512:
+        raise InputError(f"--points {args.points}: a cloud has 512")
     if args.group:
         rows = rows[code[rows] == group_number(names, args.group)]
     if not len(rows):
@@ -516,7 +520,7 @@ def train(args):
         if step % 50 == 49 or step + 1 == args.steps:                  # reading the loss waits for the device
             log.append([step + 1, float(add_up(loss.detach(), device)) / WORLD])
             bar.set_postfix(loss=f"{log[-1][1]:.3f}")
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
+        if (step + 1) % SAVE_EVERY == 0 and step + 1 < args.steps:
             save_training(args.out, config, net, ema, optimizer, step + 1, log)
     net.load_state_dict(ema.state)                                      # the prior is fitted to what samples
     net.fit_prior(clouds, group)
@@ -535,6 +539,7 @@ def load_points(path, device):
     with fitting(path):
         net, ddpm = build(state["config"])
         net.load_state_dict(state["ema"])
+        check_finished(path, state)
     return net.to(device).eval(), ddpm, state["config"]
 
 
@@ -576,7 +581,7 @@ def sample_valid(net, ddpm, config, group, n, steps, seed, accept=is_valid):
         drawn += len(clouds)
         kept += [c for c in clouds if accept(c)]
         if drawn >= 40 and len(kept) < min(n, 0.2 * drawn):
-            raise InputError(f"only {len(kept)} of {drawn} sampled clouds show two nested outlines; "
+            raise InputError(f"only {len(kept)} of {drawn} sampled clouds show readable, nested outlines; "
                              "train longer with `python pointdiff.py train --steps`")
     return np.stack(kept[:n]), drawn, len(kept)
 
@@ -599,7 +604,9 @@ def sample(args):
     painters = {}                                                       # who draws which group
     for path in args.checkpoint:
         net, ddpm, config = load_points(path, device)
-        names, own = tuple(config["groups"]), args.group or config["group"]
+        names, own = tuple(config["groups"]), config["group"] or args.group
+        if args.group and args.group != own:
+            raise InputError(f"{path}: trained on {own} alone; it cannot draw {args.group}")
         mine = [group_number(names, own)] if own else range(len(names))
         if set(mine) & set(painters):
             raise InputError(f"{path}: expected one checkpoint a group, this is another for {names[mine[0]]}")

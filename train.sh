@@ -10,6 +10,8 @@
 #   METHODS=all SEEDS="0 1 2" bash train.sh        every row of the tables, each TransUNet trained three times
 #   GPUS=4 SCALE=paper WEIGHTS=R50+ViT-B_16.npz DATA=path/to/fairseg bash train.sh
 #
+# RARE=30: only so many patients of the rarest race in training. GPUS: processes of torchrun, each with a GPU of its
+# own. WEIGHTS: TransUNet's ImageNet-21k weights.
 # The same command again skips complete stages and continues an interrupted one.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -23,7 +25,8 @@ stop() { kill $(jobs -p) 2>/dev/null && wait || true    # a stage in the backgro
 trap stop INT TERM
 among() { case " $2 " in *" $1 "*) ;; *) die "$3=$1: expected all or any of $2" ;; esac }
 [ "$ATTRIBUTE" = all ] || among "$ATTRIBUTE" "$attributes" ATTRIBUTE
-case $SEEDS$SEED$GPUS in *[!0-9\ ]*) die "SEED=$SEED SEEDS=$SEEDS GPUS=$GPUS: expected whole numbers" ;; esac
+case $SEEDS$SEED in *[!0-9\ ]*) die "SEED=$SEED SEEDS=$SEEDS: expected whole numbers from 0" ;; esac
+case $GPUS in '' | 0* | *[!0-9]*) die "GPUS=$GPUS: expected a whole number from 1" ;; esac
 
 has_packages() { "$1" -c 'import importlib.util as u, sys
 sys.exit(not all(map(u.find_spec, ("torch", "numpy", "scipy", "PIL", "tqdm"))))' 2>/dev/null; }
@@ -60,8 +63,14 @@ esac
 METHODS=${METHODS:-$default}
 [ "$METHODS" != all ] || METHODS=$rows
 for row in $METHODS; do among "$row" "$rows" METHODS; done
-[ -z "$WEIGHTS" ] || seg_flags="$seg_flags --weights $WEIGHTS"
-dials="SCALE=$SCALE ATTRIBUTE=$ATTRIBUTE SEED=$SEED SEEDS='$SEEDS' METHODS='$METHODS' OUT=$OUT DATA=$DATA RARE=$RARE WEIGHTS=$WEIGHTS"
+if [ -n "$DATA" ]; then METHODS=${METHODS/oracle/}; fi  # only the phantom has as many real patients as we like
+[ -n "${METHODS// }" ] || die "METHODS=oracle: expected another row, too: DATA=$DATA is no phantom"
+if [ -n "$WEIGHTS" ]; then
+  [ $SCALE = paper ] || die "WEIGHTS=$WEIGHTS: only SCALE=paper trains the network that they fit"
+  [ -f "$WEIGHTS" ] || die "WEIGHTS=$WEIGHTS: no such file"
+  seg_flags="$seg_flags --weights $WEIGHTS"
+fi
+dials="SCALE=$SCALE ATTRIBUTE=$ATTRIBUTE SEED=$SEED SEEDS='$SEEDS' METHODS='$METHODS' OUT=$OUT DATA=$DATA RARE=$RARE WEIGHTS=$WEIGHTS GPUS=$GPUS"
 echo "$dials ($SCALE: $why)"
 
 log=$OUT/log
@@ -102,7 +111,6 @@ real=$SHARED/data/train.npz testset=$SHARED/data/test.npz seed="--seed $SEED" gr
 # 1. The data. The oracle's set is real, balanced and of the same size: the most that synthesis could buy.
 if [ -n "$DATA" ]; then
   once data fairdiff.py fairseg "$DATA" --out "$SHARED/data" --size $size
-  METHODS=${METHODS/oracle/}                            # only the phantom has as many real patients as we like
 else
   once data fairdiff.py phantom --out "$SHARED/data" --train $train --test $test --size $size $seed ${RARE:+--rare $RARE}
   stage oracle-data fairdiff.py phantom --out "$OUT/oracle" --train $train --test 0 --size $size $seed --balance "$ATTRIBUTE"

@@ -32,6 +32,7 @@ from fairdiff import (
     Parser,
     add_up,
     autocast,
+    check_finished,
     fingerprint,
     fitting,
     group_codes,
@@ -64,8 +65,8 @@ def augment(image, mask):
     """Random flips and rotations, the same for image and mask, as in TransUNet's published training.
 
     image: float (B,1,H,W) in [0,1]; mask: long (B,H,W). Half of the images turn by a multiple of 90 degrees
-    and are mirrored, a quarter turn by up to 20 degrees, a quarter stay. What enters from outside is the
-    border's grey, and background. Images that are not square turn by 0 or 180 degrees.
+    and are mirrored, one in four turns by up to 20 degrees, one in four stays. What enters from outside is
+    the border's grey, and background. Images that are not square turn by 0 or 180 degrees.
     """
     b, _, h, w = image.shape
     kind = torch.rand(b, device=image.device)
@@ -92,22 +93,26 @@ def draw_batch(weight, size):
 # Network
 
 class Total(torch.autograd.Function):
-    """The sum of a tensor over the processes; its gradient is summed likewise."""
+    """The sum of a tensor over the processes. Its gradient is a sum, too: each process' loss depends on the
+    x of every process."""
 
     @staticmethod
     def forward(ctx, x):
-        torch.distributed.all_reduce(x := x.clone())
+        torch.distributed.all_reduce(x := x.clone(memory_format=torch.contiguous_format))
         return x
 
     @staticmethod
     def backward(ctx, grad):
-        torch.distributed.all_reduce(grad := grad.contiguous().clone())
+        torch.distributed.all_reduce(grad := grad.clone(memory_format=torch.contiguous_format))
         return grad
 
 
 def gather_rows(x, n):
-    """The rows of all processes (n, ...) from those that own_rows gave to this one, for losses that see the
-    whole batch. Each process then has the whole batch's loss, and their gradients' mean is its gradient."""
+    """The rows (n, ...) of all processes from those that own_rows gave to this one, for a loss of all rows.
+
+    Every process then computes the same loss. Going back, Total adds up the WORLD equal gradients of it and
+    DistributedDataParallel divides by WORLD, so that what remains is the gradient of the loss.
+    """
     if WORLD == 1:
         return x
     mine = own_rows(n)
@@ -115,13 +120,14 @@ def gather_rows(x, n):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the images of all processes; torch's SyncBatchNorm does that on GPUs alone."""
+    """BatchNorm over the `batch` images of all processes, a number that train sets; torch's SyncBatchNorm
+    does that on GPUs alone."""
 
     def forward(self, x):
         if WORLD == 1 or not self.training:
             return super().forward(x)
         y, dims = x.float(), (0, 2, 3)
-        n = Total.apply(y.new_tensor(y.numel() // y.shape[1]))
+        n = self.batch * y[0, 0].numel()
         mean = Total.apply(y.sum(dims)) / n                             # (C,)
         y = y - mean[:, None, None]
         var = Total.apply((y ** 2).sum(dims)) / n
@@ -134,12 +140,12 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class Dropout(nn.Dropout):
-    """Dropout whose zeros fall where they would if one process had the whole batch. x: (B, ...)."""
+    """Dropout whose zeros fall where they would if one process had the whole `batch`, set by train."""
 
     def forward(self, x):
         if WORLD == 1 or not self.training:
             return super().forward(x)
-        kept = super().forward(x.new_ones(self.batch, *x.shape[1:]))    # train sets batch: the size of all
+        kept = super().forward(x.new_ones(self.batch, *x.shape[1:]))
         return x * kept[own_rows(self.batch)]
 
 
@@ -476,7 +482,7 @@ class Fair(nn.Module):
 # 4e-3 0.883, 8e-3 0.878); SGD 0.01 0.856, 0.05 0.881, 0.2 0.874.
 STRENGTH = {"adv": 1.0, "groupdro": 1.0, "fairseg": 0.5}
 METHODS = ("plain", "oversample", *STRENGTH)
-SAVE_EVERY = 200                                        # steps between checkpoints: every 20 s on a laptop
+SAVE_EVERY = 200                                        # steps between checkpoints: 20 s on a laptop
 
 
 def split_validation(data, attribute, share, seed):
@@ -546,7 +552,7 @@ def train(args):
     start, log = resume(args.out, config, net, ema, optimizer)
     run, mine = parallel(net, device, args.compile), own_rows(args.batch)
     for module in net.modules():
-        if isinstance(module, Dropout):
+        if isinstance(module, (BatchNorm, Dropout)):
             module.batch = args.batch
     bar = tqdm(range(start, args.steps), f"transunet {args.method}", initial=start, total=args.steps,
                disable=RANK > 0)
@@ -618,6 +624,7 @@ def load_segmenter(path, device):
     with fitting(path):
         net = build(state["config"])
         net.load_state_dict({k: v for k, v in state["ema"].items() if not k.startswith("fair.")})
+        check_finished(path, state)
     return net.to(device, memory_format=torch.channels_last).eval()
 
 

@@ -213,11 +213,13 @@ def test_gpu_scale_is_the_papers_setting_on_several_processes(calls, tmp_path):
     assert any(line.startswith("pointdiff.py sample out/points-0.pt out/points-1.pt --steps") for line in lines)
     rows = "plain oversample adv groupdro fairseg equal synthetic-only oracle".split()
     assert all(f"{row}:0=out/pred/{row}.npz" in lines[-2] for row in rows)
+    (tmp_path / "w.npz").write_text("")
     lines = calls(SCALE="paper", OUT="paper", WEIGHTS="w.npz", METHODS="plain")
     assert any("--base --optimizer sgd --weights w.npz" in line for line in lines if "--out paper/plain.pt" in line)
 
 
-@pytest.mark.parametrize("name, value", [("METHODS", "plain magic"), ("ATTRIBUTE", "zodiac"), ("SEEDS", "0 x")])
+@pytest.mark.parametrize("name, value", [("METHODS", "plain magic"), ("ATTRIBUTE", "zodiac"), ("SEEDS", "0 x"), ("GPUS", "0"),
+                                         ("WEIGHTS", "w.npz")])
 def test_bad_dials_are_refused_at_once(copy, name, value):
     """Exit code 2 and one line before anything is made."""
     run = train_sh(copy, OUT="none", **{name: value})
