@@ -345,13 +345,13 @@ GUIDANCE = 0.3          # settled by measurement, see the README
 
 
 @torch.no_grad()
-def sample_images(net, ddpm, config, code, mask, size, steps, seed, device, dtype=None, guidance=GUIDANCE,
-                  batch=50):
+def sample_images(net, ddpm, config, code, mask, size, steps, seed, device, dtype=None, guidance=GUIDANCE):
     """Images uint8 (N,H,W) of groups code (N,), over masks uint8 (N,H,W) or, None, freely.
 
     Every batch draws from (seed, its first image) alone, whichever process works on it.
     """
     net.eval()
+    batch = 50 if device.type == "cpu" else 250                         # what fills it
     mean, std = config["mean"], config["std"]
     out = np.zeros((len(code), *size), np.uint8)
     for rows in tqdm(own_batches(len(code), batch), "images", leave=False, disable=RANK > 0):

@@ -601,23 +601,23 @@ def sample(args):
     Several checkpoints: each draws the group that it was trained on, as the paper does.
     """
     device, _ = pick_device(args.device)
-    painters = {}                                                       # who draws which group
+    models = {}                                                       # who draws which group
     for path in args.checkpoint:
         net, ddpm, config = load_points(path, device)
         names, own = tuple(config["groups"]), config["group"] or args.group
         if args.group and args.group != own:
             raise InputError(f"{path}: trained on {own} alone; it cannot draw {args.group}")
         mine = [group_number(names, own)] if own else range(len(names))
-        if set(mine) & set(painters):
+        if set(mine) & set(models):
             raise InputError(f"{path}: expected one checkpoint a group, this is another for {names[mine[0]]}")
-        painters |= {g: (net, ddpm, config) for g in mine}
-    if len({(c["attribute"], *c["image"]) for *_, c in painters.values()}) > 1:
+        models |= {g: (net, ddpm, config) for g in mine}
+    if len({(c["attribute"], *c["image"]) for *_, c in models.values()}) > 1:
         raise InputError(f"{' '.join(args.checkpoint)}: expected one attribute and one size of masks")
     size = (args.size, args.size) if args.size else tuple(config["image"])
     n = args.n or config["share"]                                      # the most that Equal Scale can ask for
-    masks, codes, rows, groups = [], [], [], sorted(painters)
+    masks, codes, rows, groups = [], [], [], sorted(models)
     for g in groups:
-        clouds, drawn, valid = sample_valid(*painters[g], g, n, args.steps, args.seed,
+        clouds, drawn, valid = sample_valid(*models[g], g, n, args.steps, args.seed,
                                             (lambda c: is_readable(c, size)) if args.rough else is_valid)
         share = np.mean([is_valid(c) for c in clouds]) if args.rough else valid / drawn
         print(f"{names[g]}: {n} masks, {drawn - valid} of {drawn} clouds rejected ({share:.1%} valid)")

@@ -269,3 +269,23 @@ def test_sampling_depends_on_the_generator_alone():
     draw = [d.sample(net, (2, 9, 3), torch.tensor([0, 1]), steps=4, generator=torch.Generator().manual_seed(s))
             for s in (0, 0, 1)]
     assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
+
+
+def test_a_model_for_each_group(set_file, tmp_path, monkeypatch, capsys):
+    """As in the paper: each draws its own group, whatever else it is asked for is refused; so is half a training."""
+    monkeypatch.chdir(tmp_path)
+    for group in ("Asian", "White"):
+        assert pointdiff.main(["train", set_file, "--group", group, "--out", f"{group}.pt", "--width", "16", "--lr", "1e-2",
+                               "--steps", "90", "--points", "64"]) == 0
+    draw = ["--n", "3", "--steps", "4", "--rough"]
+    assert pointdiff.main(["sample", "White.pt", "Asian.pt", *draw]) == 0
+    assert fairdiff.load_set("masks.npz")["race"].tolist() == [0] * 3 + [2] * 3
+    (tmp_path / "masks.npz").unlink()
+    state = fairdiff.load_checkpoint("Asian.pt")
+    fairdiff.save_checkpoint("half.pt", **state | {"step": 45})
+    capsys.readouterr()
+    for argv, why in ((["Asian.pt", "--group", "White"], "trained on Asian alone"), (["half.pt"], "45 of 90 steps"),
+                      (["Asian.pt", "White.pt", "Asian.pt"], "one checkpoint a group")):
+        assert pointdiff.main(["sample", *argv, *draw]) == 2
+        line, = capsys.readouterr().err.splitlines()
+        assert why in line and not (tmp_path / "masks.npz").exists()
