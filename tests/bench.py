@@ -8,6 +8,7 @@ TransUNet.base at 224 px is measured, too, and the peak memory. Nothing here is 
 import argparse
 import contextlib
 import io
+import os
 import pathlib
 import sys
 import tempfile
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+os.environ["TQDM_DISABLE"] = "1"                        # bars would cut the table
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import controlnet  # noqa: E402
 import fairdiff  # noqa: E402
