@@ -1027,9 +1027,9 @@ def group_charts(text):
 
 
 def loss_charts(out):
-    """Two charts of the losses that the checkpoints in a folder have logged."""
+    """Two charts of the losses that the checkpoints in a folder have logged; of a row its first training."""
     diffusion, segmenters = {}, {}
-    for path in sorted(out.glob("*.pt")):
+    for path in sorted(p for p in out.glob("*.pt") if not (out / f"{p.stem.rpartition('-')[0]}.pt").exists()):
         state = load_checkpoint(path)
         kind = segmenters if state["config"].get("kind") == "transunet" else diffusion
         kind[path.stem] = *np.array([row[:2] for row in state["log"]]).reshape(-1, 2).T, None

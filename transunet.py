@@ -571,13 +571,14 @@ def train(args):
             loss = fairseg_loss(logits, y, g, len(names), strength)
         else:
             loss = seg_loss(logits, y)
+        total = loss                                                    # what is logged is loss alone
         if args.method == "adv":
             ramp = 2 / (1 + math.exp(-10 * step / args.steps)) - 1      # the adversary learns first
             guess = net.fair.adversary(Reverse.apply(token, strength * ramp))                    # (B, G)
-            loss = loss + adversary_loss(guess, g, net.fair.weight)
+            total = loss + adversary_loss(guess, g, net.fair.weight)
             accuracy = net.fair.watch(guess.detach(), g)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        total.backward()
         optimizer.step()
         ema.update(net, step)
         if step % 50 == 49 or step + 1 == args.steps:                  # reading the loss waits for the device
