@@ -12,9 +12,9 @@ its encoder that also sees the mask and speaks to the base through 1x1 convoluti
 is zero, but its gradient, the input times the error, is not; one step later it passes gradient on to
 everything before it.
 
-Expect at SCALE=cpu on 2 cores with bf16 (without): base 350 steps in 30 s (57), ControlNet 1,300 in 111 s
-(247), 1,002 images in 33 s (84); a judge's Dice on them is 0.98 (rare group) to 1.02 of its Dice on real
-images (phantom, seed 0).
+Expect at SCALE=cpu on 2 cores with bf16 (without): base 350 steps in 24 s (57), ControlNet 1,300 in 117 s
+(247), 1,002 images in 36 s (84); a judge's Dice on them is 1.00 (rare group) to 1.03 of its Dice on real
+images (2026-11-24, seed 0, phantom).
 """
 import fairdiff  # isort: skip  # noqa: F401  first, so that a Ctrl-C while torch loads is one line
 import copy

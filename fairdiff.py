@@ -5,8 +5,8 @@
     python fairdiff.py mix data/train.npz synthetic.npz --attribute race --out mixed.npz              # Eq. 6
 
 The phantom is a caricature for teaching and testing and no medical evidence. Its race groups differ in
-anatomy and in appearance, all other attributes have no effect. It draws about 250 images of 64 px a second on
-one core.
+anatomy and in appearance, all other attributes have no effect. One core draws 250 to 450 images of 64 px a
+second.
 
 The second half of the file is the common ground of the other four: the dataset file, the checkpoint, EMA, the
 device, the preview sheet and the one-line error. Nothing here imports another file of the project.

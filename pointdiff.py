@@ -12,7 +12,7 @@ Which outline to draw is said by a shape code (Luo and Hu 2021, on whose code th
 that a second PointNet reads from the clean cloud. Each group's codes get a Gaussian, from which sampling
 draws. Without it the outlines were clean but too alike: half the real spread of cup-to-disc ratios.
 
-Expect at SCALE=cpu on 2 cores with bf16 (without): 2,800 steps in 98 s (172), 1,002 masks in 26 s (38), 99 %
+Expect at SCALE=cpu on 2 cores with bf16 (without): 2,800 steps in 97 s (172), 1,002 masks in 24 s (38), 99 %
 of the clouds valid (2026-11-24, seed 0, phantom). `score` says how like real masks they are.
 
 Tried: explicit moments of the cloud as input (no better), a third block (fewer steps in the same time: discs

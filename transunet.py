@@ -10,8 +10,8 @@ the published R50-ViT-B/16 with 105.28 M parameters, the default is the same cla
 (1.0 M).
 
 Expect at 64 px, batch 16, 2 cores: 11 steps a second with bf16, 6 without; 280 steps reach a Dice (mean of
-rim and cup) of 0.89 on the phantom's test split, 0.82 in the rare group. There oversampling lifts the
-rare group to 0.87 and GroupDRO to 0.85, FairSeg's scaling and ADV (0.82) do not lift it.
+rim and cup) of 0.89 on the phantom's test split, 0.81 in the rare group. There oversampling and GroupDRO lift
+the rare group to 0.86, FairSeg's scaling and ADV (0.81) do not lift it (2026-11-24, seed 0).
 """
 import fairdiff  # isort: skip  # noqa: F401  first, so that a Ctrl-C while torch loads is one line
 import math
