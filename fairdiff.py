@@ -1078,7 +1078,7 @@ def report(args):
         "Tables 2-5: TransUNet by group": (*group_charts(text("results.csv")), pre("log/table.txt")),
         "Training curves": (*loss_charts(out),),
         "Seconds a stage": ("<pre>" + "\n".join(f"{s:>7} {n}" for s, n in sorted(seconds, reverse=True))
-                            + f"\n{sum(s for s, _ in seconds):>7} in all</pre>" if seconds else "",)}
+                            + f"\n{sum(s for s, _ in seconds):>7} in the stages</pre>" if seconds else "",)}
     page = ["<!doctype html><html lang=en><meta charset=utf-8><title>FairDiff</title>",
             "<meta name=viewport content='width=device-width,initial-scale=1'>",
             "<style>:root{color-scheme:light dark}pre{overflow-x:auto;font-size:13px}",

@@ -619,8 +619,9 @@ def sample(args):
     for g in groups:
         clouds, drawn, valid = sample_valid(*models[g], g, n, args.steps, args.seed,
                                             (lambda c: is_readable(c, size)) if args.rough else is_valid)
-        share = np.mean([is_valid(c) for c in clouds]) if args.rough else valid / drawn
-        print(f"{names[g]}: {n} masks, {drawn - valid} of {drawn} clouds rejected ({share:.1%} valid)")
+        note = f"; --rough kept {n}, {sum(map(is_valid, clouds))} of them valid" if args.rough else ""
+        print(f"{names[g]}: {n} masks, {drawn - valid} of {drawn} clouds rejected ({valid / drawn:.1%} "
+              f"{'readable' if args.rough else 'valid'}){note}")
         masks += [*read_masks(clouds, size)]
         codes += [g] * n
         rows.append([m * 127 for m in masks[-n:][:8]])
