@@ -3,7 +3,7 @@
 # training set, TransUNet trained with and without it, fairness measured.
 #
 #   bash train.sh                                  a GPU if CUDA works, else a laptop's two cores
-#   SCALE=smoke bash train.sh                      every stage in 90 seconds, results meaningless
+#   SCALE=smoke bash train.sh                      every stage in a minute, results meaningless
 #   DATA=path/to/fairseg bash train.sh             Harvard-FairSeg files instead of the phantom
 #   ATTRIBUTE=gender OUT=out-gender SEED=1 bash train.sh
 #   ATTRIBUTE=all OUT=out-all bash train.sh        Tables 2-5: one run an attribute, plain and judge trained once
