@@ -1055,9 +1055,10 @@ def report(args):
     def picture(stem, alt):
         found = [p for p in sorted(out.rglob("*.png")) if p.name.startswith(f"{stem}.")]
         words = [html.escape(f"{alt} ({p.relative_to(out)})") for p in found]
-        return "".join(f"<figure><img alt='{text}' src='data:image/png;base64,"
-                       f"{base64.b64encode(p.read_bytes()).decode()}'><figcaption>{text}</figcaption></figure>"
-                       for p, text in zip(found, words, strict=True))
+        data = [base64.b64encode(p.read_bytes()).decode() for p in found]
+        return "".join(f"<figure><img alt='{text}' src='data:image/png;base64,{png}'>"
+                       f"<figcaption>{text}</figcaption></figure>"
+                       for png, text in zip(data, words, strict=True))
 
     seconds = [(int(p.read_text().split()[0]), p.stem) for p in out.rglob("*.done")]
     sections = {
