@@ -104,12 +104,12 @@ def trained(set_file, tmp_path):
 
 
 def test_every_batch_and_seed_draws_noise_of_its_own(trained, phantom):
-    """60 times the same mask: all images differ, those of the second batch from those of the first, and by seed."""
+    """100 times the same mask, two full batches: all images differ, those of the second batch from those of the first, and by seed."""
     device = torch.device("cpu")
-    mask, code = np.repeat(phantom["mask"][:1], 60, 0), np.zeros(60, np.int64)
+    mask, code = np.repeat(phantom["mask"][:1], 100, 0), np.zeros(100, np.int64)
     images = [controlnet.sample_images(*controlnet.load_painter(trained[1], "control", device), code, mask, (32, 32), 2, seed, device)
               for seed in (0, 1)]
-    assert len(np.unique(np.concatenate(images).reshape(120, -1), axis=0)) == 120
+    assert len(np.unique(np.concatenate(images).reshape(200, -1), axis=0)) == 200
 
 
 def test_sample_paints_every_mask(set_file, trained, tmp_path, phantom):

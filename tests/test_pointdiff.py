@@ -292,9 +292,9 @@ def test_a_model_for_each_group(set_file, tmp_path, monkeypatch, capsys):
 
 
 def test_every_batch_group_and_seed_draws_noise_of_its_own():
-    """More clouds than a batch holds, two groups, two seeds: no cloud comes twice; the later ones are drawn alone as well."""
+    """Two full batches, two groups, two seeds: no cloud comes twice; the later ones are drawn alone as well."""
     net, config = PointNet(2, width=16).eval(), {"mean": [0, 0, 0], "std": [1, 1, 1]}
-    draw = [pointdiff.sample_clouds(net, DDPM(), config, g, 110, 2, seed) for g in (0, 1) for seed in (0, 1)]
-    assert len(np.unique(np.concatenate(draw)[:, 0], axis=0)) == 440
-    later = pointdiff.sample_clouds(net, DDPM(), config, 0, 10, 2, 0, first=100)
+    draw = [pointdiff.sample_clouds(net, DDPM(), config, g, 200, 2, seed) for g in (0, 1) for seed in (0, 1)]
+    assert len(np.unique(np.concatenate(draw)[:, 0], axis=0)) == 800
+    later = pointdiff.sample_clouds(net, DDPM(), config, 0, 100, 2, 0, first=100)
     assert np.allclose(later, draw[0][100:], atol=1e-5)
