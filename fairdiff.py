@@ -23,6 +23,7 @@ import math
 import os
 import pathlib
 import re
+import signal
 import sys
 import time
 import warnings
@@ -45,6 +46,12 @@ def _one_line(kind, error, trace):
     if not issubclass(kind, KeyboardInterrupt):
         return sys.__excepthook__(kind, error, trace)
     print(f"{pathlib.Path(sys.argv[0]).name}: {INTERRUPTED}", file=sys.stderr)
+
+
+def _interrupt(*_):
+    """Ctrl-C. Raised inside a callback it would be lost, so again two seconds later, until it is heard."""
+    signal.alarm(2)
+    raise KeyboardInterrupt
 
 
 sys.excepthook = _one_line
@@ -517,7 +524,11 @@ class Parser(argparse.ArgumentParser):
 
 def run_command(parser, argv):
     """Parse argv and call args.run(args). Exit codes: 0 done, 2 bad input, 1 failed, 130 interrupted."""
+    heeds = signal.getsignal(signal.SIGINT) is signal.default_int_handler      # in the background it does not
     try:
+        if heeds:
+            signal.signal(signal.SIGALRM, _interrupt)
+            signal.signal(signal.SIGINT, _interrupt)
         args = parser.parse_args(argv)
         parser.check(args)
         started = time.perf_counter()
@@ -537,6 +548,10 @@ def run_command(parser, argv):
         code, line = 1, f"out of memory: a smaller --batch or --size helps ({_clean(e)})"
     except KeyboardInterrupt:
         code, line = 130, INTERRUPTED
+    finally:
+        if heeds:
+            signal.alarm(0)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     if not RANK or code != 2:                                           # bad input is the same for all
         print(f"{parser.prog}: {printable(line)}", file=sys.stderr)
     return code

@@ -139,6 +139,25 @@ def test_ctrl_c_is_one_line_that_says_how_to_continue(work):
         assert lines == [f"{command[1].name}: interrupted; the same command again continues"], moment
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_falls_into_a_callback_is_heard_all_the_same(capsys):
+    """Raised where Python drops it, as in __del__, it comes again."""
+    class Callback:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+
+    def work(args):
+        Callback()
+        time.sleep(20)
+    parser = fairdiff.Parser(prog="x.py")
+    parser.add_subparsers(dest="command").add_parser("go").set_defaults(run=work)
+    started = time.monotonic()
+    assert fairdiff.run_command(parser, ["go"]) == 130
+    assert time.monotonic() - started < 10 and "interrupted" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 @pytest.mark.parametrize("stage", ["points", "plain", "base", "phantom", "masks", "predict"])
 def test_a_full_disk_is_one_line_and_keeps_what_was_there(stage, work):
     """No file may exceed 1 kB: exit code 2, one line, earlier results intact, nothing half written."""
