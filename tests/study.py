@@ -7,11 +7,13 @@ only the phantom has: its masks by those of new patients, its images by renderin
 skipped once it is there, so the study can be run in pieces; an interrupted cell continues. Two cells at once, on
 one core each (OMP_NUM_THREADS=1), take less time than one after the other.
 
-    python tests/study.py --seeds 0 --rare 10            one cell, about ten minutes on two cores
+    python tests/study.py --seeds 0 --rare 10            one cell, a quarter of an hour on two cores
     python tests/study.py --table                        only the tables and assets/rarity.svg from tests/study.csv
 
-Scores are the Dice of rim and cup, averaged, on the 2,000 test images of the seed. share: of the distance from plain
-to oracle, how much a row closes. Intervals: 95 %, over test images, paired (the same resamples for every row).
+Scores are the Dice of rim and cup, averaged, on the 2,000 test images of the seed. Where a row is trained several times
+(--trainings), an image's score is its mean over them. share: of the distance from plain to oracle, how much a row
+closes. Intervals in the CSV: 95 %, over test images, paired (the same resamples for every row); beside them the
+standard deviation over the trainings. The tables pool both: what a new test set *and* a new training would move.
 """
 import argparse
 import csv
@@ -21,6 +23,7 @@ import subprocess
 import sys
 
 import numpy as np
+from scipy import stats
 
 root = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root))
@@ -30,11 +33,11 @@ import fairness  # noqa: E402
 import transunet  # noqa: E402
 
 NATURAL = 92                                            # images of the rare group in 1,000
-METHODS = {True: "all", False: "plain oversample equal oracle"}
+MAIN, OTHERS = ("plain", "oversample", "equal", "oracle"), ("adv", "groupdro", "fairseg", "synthetic-only")
 LINKS = ("real masks, rendered", "drawn masks, rendered", "real masks, painted", "drawn masks, painted")
 FIGURES = {"worst group": -3, "ES-Dice": -5}            # places in fairness._numbers
-COLUMNS = ["seed", "rare", "row", "figure"] + [f"{name}{end}" for name in ("value", "gain", "share", "over_oversample")
-                                               for end in ("", "_lo", "_hi")] + ["commit"]
+COLUMNS = ["seed", "rare", "row", "trainings", "figure"] + [
+    f"{name}{end}" for name in ("value", "gain", "share", "over_oversample") for end in ("", "_lo", "_hi", "_sd")] + ["commit"]
 
 
 def command(main, *argv):
@@ -62,37 +65,52 @@ def topped_up(out, link, share, seed):
     return fairdiff.equal_scale(real, top_up, "race", seed=seed, share=share)
 
 
-def segmenter(out, link, share, seed):
+def segmenter(out, link, share, seed, training):
     """Train a TransUNet on an attribution row's set as train.sh did on its sets. Returns its predictions' path."""
     name = f"{link.replace(', ', '-').replace(' ', '-')}-share{share:g}"
     same = fairdiff.load_checkpoint(out / "plain.pt")["config"]
-    topped, checkpoint, predictions = out / f"links/{name}.npz", out / f"links/{name}.pt", out / f"pred/{name}.npz"
+    topped, checkpoint = out / f"links/{name}.npz", out / f"links/{name}-{training}.pt"
+    predictions = out / f"pred/{name}-{training}.npz"
     if not predictions.exists():
         fairdiff.save_set(topped, topped_up(out, link, share, seed))
         command(transunet.main, "train", topped, "--steps", same["steps"], "--batch", same["batch"],
-                "--seed", seed, "--out", checkpoint)
+                "--seed", training, "--out", checkpoint)
         command(transunet.main, "predict", checkpoint, out / "data/test.npz", "--out", predictions)
     return predictions
 
 
 def measure(truth, predictions):
-    """Rows of the CSV from {row: predictions' path}: value, gain over plain, share closed, gain over oversampling."""
+    """Rows of the CSV from {row: paths of the predictions of its trainings}.
+
+    A row's numbers are its value, gain over plain, share closed and gain over oversampling. Their standard deviation
+    compares the k-th training of each row with the k-th of the others; it is empty where a row has one training.
+    """
     def score(path):
         mask = fairdiff.load_set(path)["mask"]
         return sum(fairness.dice(mask, truth["mask"], s) for s in ("rim", "cup")) / 2
 
     code, names = fairdiff.group_codes(truth, "race")
-    scores, sizes, _ = fairness._sort([score(p) for p in predictions.values()], code, names)
-    numbers = {row: fairness._estimate(s, sizes, 2000, 0) for row, s in zip(predictions, scores, strict=True)}
+    scores, sizes, _ = fairness._sort([score(p) for paths in predictions.values() for p in paths], code, names)
+    scores = iter(scores)
+    scores = {row: [next(scores) for _ in paths] for row, paths in predictions.items()}
+    resampled = {row: fairness._estimate(np.mean(s, 0), sizes, 2000, 0) for row, s in scores.items()}
+    single = {row: np.array([fairness._numbers(x, sizes) for x in s]) for row, s in scores.items()}
+
+    def compared(at, row):                              # arrays of equal length: values of resamples, or of trainings
+        n = min(len(at[r]) for r in ("plain", "oversample", "oracle", row))
+        x, plain, over, oracle = (at[r][:n] for r in (row, "plain", "oversample", "oracle"))
+        return x, x - plain, (x - plain) / (oracle - plain), x - over
+
     rows = []
     for figure, place in FIGURES.items():
-        at = {row: np.r_[v[place], draws[:, place]] for row, (v, draws) in numbers.items()}     # value, then resamples
+        over_images = {row: np.r_[v[place], draws[:, place]] for row, (v, draws) in resampled.items()}
+        over_trainings = {row: v[:, place] for row, v in single.items()}
         for row in predictions:
-            gain = at[row] - at["plain"]
             cells = []
-            for x in (at[row], gain, gain / (at["oracle"] - at["plain"]), at[row] - at["oversample"]):
+            for x, each in zip(compared(over_images, row), compared(over_trainings, row), strict=True):
                 cells += [f"{v:.5f}" for v in (x[0], *np.quantile(x[1:], (0.025, 0.975)))]
-            rows.append([row, figure, *cells])
+                cells.append(f"{np.std(each, ddof=1):.5f}" if len(each) > 1 else "")
+            rows.append([row, len(predictions[row]), figure, *cells])
     return rows
 
 
@@ -100,17 +118,18 @@ def cell(args, seed, rare):
     """Run one cell and append its rows, all at once."""
     out = args.out / f"seed{seed}-rare{rare}"
     natural = rare == NATURAL
-    dials = {"SCALE": args.scale, "SEED": str(seed), "OUT": str(out), "METHODS": METHODS[natural]}
-    if not natural:
-        dials["RARE"] = str(rare)
-    subprocess.run(["bash", str(root / "train.sh")], env=os.environ | dials, check=True)
-    methods = sorted(p.stem for p in (out / "pred").glob("*.npz") if p.stem in transunet.METHODS + (
-        "equal", "synthetic-only", "oracle"))
-    predictions = {m: out / "pred" / f"{m}.npz" for m in methods}
+    trainings = [seed + 10 * k for k in range(args.trainings)]          # seeds of the TransUNets
+    dials = {"SCALE": args.scale, "SEED": str(seed), "OUT": str(out)} | ({} if natural else {"RARE": str(rare)})
+    runs = [{"METHODS": " ".join(MAIN), "SEEDS": " ".join(map(str, trainings))}]
+    for run in runs + [{"METHODS": "all"}] * natural:
+        subprocess.run(["bash", str(root / "train.sh")], env=os.environ | dials | run, check=True)
+    predictions = {m: [out / f"pred/{m if t == seed else f'{m}-{t}'}.npz" for t in trainings] for m in MAIN}
+    if natural:
+        predictions |= {m: [out / f"pred/{m}.npz"] for m in OTHERS}
     for link in LINKS:                                      # drawn and painted at share 0.5 is the row "equal"
         for share in (1, 0.5) if link != LINKS[-1] else (1,):
             if natural or link == LINKS[-1]:
-                predictions[f"{link}, share {share:g}"] = segmenter(out, link, share, seed)
+                predictions[f"{link}, share {share:g}"] = [segmenter(out, link, share, seed, t) for t in trainings]
     commit = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     lines = [[seed, rare, *row, commit.stdout.strip()] for row in measure(fairdiff.load_set(out / "data/test.npz"), predictions)]
     with open(args.csv, "a", newline="") as file:
@@ -121,11 +140,20 @@ def cell(args, seed, rare):
 
 
 def pooled(lines, row, rare, figure, name):
-    """Mean over the seeds and the half-width of its interval (test sets are independent); the seeds' own values."""
+    """Mean over the seeds and the half-width of its interval (seeds are independent); the seeds' own values.
+
+    The interval is over test images and, where every seed has several trainings, over these as well (Student's t).
+    """
     mine = [x for x in lines if (x["row"], int(x["rare"]), x["figure"]) == (row, rare, figure)]
     value = np.array([float(x[name]) for x in mine])
     half = np.array([(float(x[f"{name}_hi"]) - float(x[f"{name}_lo"])) / 2 for x in mine])
-    return value.mean(), np.sqrt((half ** 2).sum()) / len(mine), value
+    half = np.sqrt((half ** 2).sum()) / len(mine)
+    if all(x[f"{name}_sd"] for x in mine):
+        n = np.array([int(x["trainings"]) for x in mine])
+        variance = np.array([float(x[f"{name}_sd"]) ** 2 for x in mine])
+        error = np.sqrt((variance / n).sum()) / len(mine)
+        half = np.hypot(half, stats.t.ppf(0.975, (n - 1).sum()) * error)
+    return value.mean(), half, value
 
 
 def tables(lines):
@@ -136,11 +164,12 @@ def tables(lines):
             seeds = sorted({x["seed"] for x in lines if int(x["rare"]) == rare})
             rows.sort(key=lambda r: pooled(lines, r, rare, figure, "value")[0])
             print(f"\n{figure}, {rare} images of the rare group, seeds {', '.join(seeds)}\n\n"
-                  "| row | Dice | gain | share closed | seeds | more than oversampling |\n" + "|---" * 6 + "|")
+                  "| row (trainings a seed) | Dice | gain | share closed | seeds | more than oversampling |\n" + "|---" * 6 + "|")
             for row in rows:
                 cells = [pooled(lines, row, rare, figure, n) for n in ("value", "gain", "share", "over_oversample")]
                 (value, _, _), (gain, a, _), (share, b, each), (more, c, _) = cells
-                print(f"| {row} | {value:.4f} | " + ("– | – | – |" if row == "plain" else
+                n = next(x["trainings"] for x in lines if (x["row"], int(x["rare"])) == (row, rare))
+                print(f"| {row} ({n}) | {value:.4f} | " + ("– | – | – |" if row == "plain" else
                       f"{gain:.3f} ± {a:.3f} | {share:.0%} ± {b:.0%} | {', '.join(f'{x:.0%}' for x in each)} |")
                       + (f" {more:+.3f} ± {c:.3f} |" if row not in ("plain", "oversample") else " – |"))
 
@@ -166,6 +195,7 @@ def main():
     parser = argparse.ArgumentParser(description="The rarity study; see the top of the file.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rare", type=int, nargs="+", default=[NATURAL, 30, 10], help="rare images in training")
+    parser.add_argument("--trainings", type=int, default=3, help="TransUNets a row of the run and of the links")
     parser.add_argument("--scale", default="cpu", choices=("smoke", "cpu"))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("study"), help="folder of the cells' runs")
     parser.add_argument("--csv", type=pathlib.Path, default=root / "tests/study.csv", help="rows are appended here")

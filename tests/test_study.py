@@ -18,8 +18,8 @@ def lines(tmp_path, phantom):
         mask = phantom["mask"].copy()
         for i in np.flatnonzero(phantom["race"] == 0):
             mask[i] *= rng.random(mask[i].shape) < keep
-        paths[row] = tmp_path / f"{row}.npz"
-        fairdiff.save_set(paths[row], phantom | {"mask": mask})
+        paths[row] = [tmp_path / f"{row}.npz"]
+        fairdiff.save_set(paths[row][0], phantom | {"mask": mask})
     return [dict(zip(study.COLUMNS, [seed, 10, *row, "0"], strict=True))
             for seed in (0, 1) for row in study.measure(phantom, paths)]
 
@@ -45,6 +45,28 @@ def test_pooled_interval(lines):
     assert half == pytest.approx((float(one["share_hi"]) - float(one["share_lo"])) / 2 / np.sqrt(2))
 
 
+def test_trainings_by_hand(phantom, tmp_path):
+    """Two trainings, one perfect, one a third wrong: the value is their mean, the deviation theirs, not the images'."""
+    half = phantom["mask"].copy()
+    half[phantom["race"] == 0] = 0                          # the rare group scores 0
+    paths = {name: tmp_path / f"{name}.npz" for name in ("bad", "good")}
+    fairdiff.save_set(paths["bad"], phantom | {"mask": half})
+    fairdiff.save_set(paths["good"], phantom)
+    bad, good = paths["bad"], paths["good"]
+    rows = study.measure(phantom, {"plain": [bad, bad], "oversample": [bad, bad], "oracle": [good, good],
+                                   "equal": [bad, good], "one": [good]})
+    lines = [dict(zip(study.COLUMNS, [seed, 10, *row, "0"], strict=True)) for seed in (0, 1) for row in rows]
+    equal, one = (next(x for x in lines if (x["row"], x["figure"]) == (row, "worst group")) for row in ("equal", "one"))
+    assert [float(equal[k]) for k in ("value", "gain", "share", "over_oversample")] == pytest.approx([0.5] * 4)
+    assert [float(equal[f"{k}_sd"]) for k in ("value", "gain", "share")] == pytest.approx([0.5 ** 0.5] * 3, abs=1e-4)
+    assert (equal["trainings"], one["trainings"], one["value_sd"]) == (2, 1, "")
+    assert float(one["share"]) == 1
+    value, interval, _ = study.pooled(lines, "equal", 10, "worst group", "share")
+    # Four trainings of two seeds: 2 degrees of freedom, t = 4.303; standard error 0.7071 / 2. Over images: none.
+    assert value == pytest.approx(0.5) and interval == pytest.approx(4.303 * 0.7071 / 2, abs=1e-3)
+    assert study.pooled(lines, "one", 10, "worst group", "share")[1] == 0
+
+
 def test_tables_and_chart_read_the_file_back(lines, tmp_path, capsys):
     """The table names every row with its share, the chart is XML with a mark for every share and seed."""
     with open(tmp_path / "study.csv", "w", newline="") as file:
@@ -55,7 +77,7 @@ def test_tables_and_chart_read_the_file_back(lines, tmp_path, capsys):
     study.tables(read)
     study.chart(read, tmp_path / "chart.svg")
     printed = capsys.readouterr().out
-    assert printed.count("| equal |") == 4 and "worst group, 30 images" in printed
+    assert printed.count("| equal (1) |") == 4 and "worst group, 30 images" in printed
     tree = xml.etree.ElementTree.parse(tmp_path / "chart.svg")
     drawn = [e.text for e in tree.iter() if e.tag.endswith("title") and "[" in e.text]
     (share, half, _) = study.pooled(read, "equal", 10, "worst group", "share")
