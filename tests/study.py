@@ -37,7 +37,7 @@ MAIN, OTHERS = ("plain", "oversample", "equal", "oracle"), ("adv", "groupdro", "
 LINKS = ("real masks, rendered", "drawn masks, rendered", "real masks, painted", "drawn masks, painted")
 FIGURES = {"worst group": -3, "ES-Dice": -5}            # places in fairness._numbers
 COLUMNS = ["seed", "rare", "row", "trainings", "figure"] + [
-    f"{name}{end}" for name in ("value", "gain", "share", "over_oversample") for end in ("", "_lo", "_hi", "_sd")] + ["commit"]
+    f"{name}{end}" for name in ("value", "gain", "share", "more") for end in ("", "_lo", "_hi", "_sd")] + ["commit"]
 
 
 def command(main, *argv):
@@ -79,10 +79,10 @@ def segmenter(out, link, share, seed, training):
     return predictions
 
 
-def measure(truth, predictions):
+def measure(truth, predictions, than="oversample"):
     """Rows of the CSV from {row: paths of the predictions of its trainings}.
 
-    A row's numbers are its value, gain over plain, share closed and gain over oversampling. Their standard deviation
+    A row's numbers are its value, gain over plain, share closed and how much more it has than the row `than`. Their standard deviation
     compares the k-th training of each row with the k-th of the others; it is empty where a row has one training.
     """
     def score(path):
@@ -97,9 +97,9 @@ def measure(truth, predictions):
     single = {row: np.array([fairness._numbers(x, sizes) for x in s]) for row, s in scores.items()}
 
     def compared(at, row):                              # arrays of equal length: values of resamples, or of trainings
-        n = min(len(at[r]) for r in ("plain", "oversample", "oracle", row))
-        x, plain, over, oracle = (at[r][:n] for r in (row, "plain", "oversample", "oracle"))
-        return x, x - plain, (x - plain) / (oracle - plain), x - over
+        n = min(len(at[r]) for r in (row, "plain", "oracle", than))
+        x, plain, oracle, other = (at[r][:n] for r in (row, "plain", "oracle", than))
+        return x, x - plain, (x - plain) / (oracle - plain), x - other
 
     rows = []
     for figure, place in FIGURES.items():
@@ -166,7 +166,7 @@ def tables(lines):
             print(f"\n{figure}, {rare} images of the rare group, seeds {', '.join(seeds)}\n\n"
                   "| row (trainings a seed) | Dice | gain | share closed | seeds | more than oversampling |\n" + "|---" * 6 + "|")
             for row in rows:
-                cells = [pooled(lines, row, rare, figure, n) for n in ("value", "gain", "share", "over_oversample")]
+                cells = [pooled(lines, row, rare, figure, n) for n in ("value", "gain", "share", "more")]
                 (value, _, _), (gain, a, _), (share, b, each), (more, c, _) = cells
                 n = next(x["trainings"] for x in lines if (x["row"], int(x["rare"])) == (row, rare))
                 print(f"| {row} ({n}) | {value:.4f} | " + ("– | – | – |" if row == "plain" else

@@ -33,8 +33,8 @@ def test_measure_by_hand(lines):
         assert float(worst[row]["share"]) == pytest.approx(share, abs=1e-4)
         assert float(worst[row]["share_lo"]) <= share + 1e-4 and share - 1e-4 <= float(worst[row]["share_hi"])
     more = float(worst["equal"]["value"]) - float(worst["oversample"]["value"])
-    assert float(worst["equal"]["over_oversample"]) == pytest.approx(more, abs=1e-4)
-    assert float(worst["equal"]["over_oversample_lo"]) > 0
+    assert float(worst["equal"]["more"]) == pytest.approx(more, abs=1e-4)
+    assert float(worst["equal"]["more_lo"]) > 0
 
 
 def test_pooled_interval(lines):
@@ -57,7 +57,7 @@ def test_trainings_by_hand(phantom, tmp_path):
                                    "equal": [bad, good], "one": [good]})
     lines = [dict(zip(study.COLUMNS, [seed, 10, *row, "0"], strict=True)) for seed in (0, 1) for row in rows]
     equal, one = (next(x for x in lines if (x["row"], x["figure"]) == (row, "worst group")) for row in ("equal", "one"))
-    assert [float(equal[k]) for k in ("value", "gain", "share", "over_oversample")] == pytest.approx([0.5] * 4)
+    assert [float(equal[k]) for k in ("value", "gain", "share", "more")] == pytest.approx([0.5] * 4)
     assert [float(equal[f"{k}_sd"]) for k in ("value", "gain", "share")] == pytest.approx([0.5 ** 0.5] * 3, abs=1e-4)
     assert (equal["trainings"], one["trainings"], one["value_sd"]) == (2, 1, "")
     assert float(one["share"]) == 1
