@@ -49,7 +49,7 @@ def mixed(out, seed, share=0.5, target=None, odds=None, epochs=1, made="syntheti
             order = np.argsort(wait)
         code, names = fairdiff.group_codes(made, "race")
         have = np.bincount(fairdiff.group_codes(real, "race")[0], minlength=len(names))
-        each = target or round(have.sum() / len(names))
+        each = have.max() if target == "max" else target or round(have.sum() / len(names))
         used = [order[code[order] == g][:round(share * max(0, each - have[g]))] for g in range(len(names))]
         one = fairdiff.equal_scale(real, fairdiff.take(made, np.concatenate(used)), "race", target, seed=seed + epoch,
                                    share=share)
@@ -77,6 +77,7 @@ SETS = {                                                # row that is changed, w
     "equal, share 0.25": lambda out, seed: mixed(out, seed, share=0.25),
     "equal, share 0.75": lambda out, seed: mixed(out, seed, share=0.75),
     "equal, half as many again a group": lambda out, seed: mixed(out, seed, target=500),
+    "equal, as many a group as the largest has": lambda out, seed: mixed(out, seed, share=0.42, target="max"),
     "equal, another mix every epoch": lambda out, seed: mixed(out, seed, epochs=5),
     "equal, share 1, another mix every epoch": lambda out, seed: mixed(out, seed, share=1, epochs=5),
     "equal, images that are read badly": lambda out, seed: mixed(out, seed, odds=lambda dice: 1 - dice + 1e-3),
