@@ -914,15 +914,20 @@ def resume(path, config, net, ema, optimizer):
         return state["step"], state["log"]
 
 
-def save_training(path, config, net, ema, optimizer, step, log):
-    """Checkpoint a training after `step` steps. FloatingPointError, and nothing written, if one of the last
-    losses logged or any weight is not finite. (A bad weight would show in the loss only a step later.)"""
+def check_finite(path, net, step, log):
+    """FloatingPointError if one of the last losses logged or any weight is not finite. (A bad weight would
+    show in the loss only a step later.)"""
     bad = [(at, f"the loss became {loss}") for at, loss, *_ in log[-8:] if not np.isfinite(loss)]
     if not all(v.isfinite().all() for v in net.state_dict().values()):
         bad.append((step, "weights became infinite"))
     if bad:
         raise FloatingPointError(f"{bad[0][1]} by step {bad[0][0]}; {path} keeps the last good state: try a "
                                  "smaller --lr")
+
+
+def save_training(path, config, net, ema, optimizer, step, log):
+    """Checkpoint a training after `step` steps; nothing is written where `check_finite` raises."""
+    check_finite(path, net, step, log)
     save_checkpoint(path, config=config, model=net.state_dict(), ema=ema.state,
                     optimizer=optimizer.state_dict(), step=step, log=log)
 

@@ -43,6 +43,7 @@ from fairdiff import (
     add_up,
     autocast,
     check_finished,
+    check_finite,
     fingerprint,
     fitting,
     group_number,
@@ -83,15 +84,12 @@ def _largest(region):
     """The largest connected component of a bool array (H, W), its holes filled."""
     wide, tall = region[:, 1:] & region[:, :-1], region[1:] & region[:-1]
     pixels, sides, corners = region.sum(), wide.sum() + tall.sum(), (wide[1:] & wide[:-1]).sum()
-    box = _box(region)                                                  # what lies outside is background
-    labels, n = ndimage.label(region[box])
+    labels, n = ndimage.label(region)
     if n == 1 and pixels - sides + corners == 1:                        # Euler: one component, no hole
         return region
     largest = 1 + np.argmax(np.bincount(labels.ravel())[1:])
     outside, _ = ndimage.label(np.pad(labels != largest, 1, constant_values=True))
-    clean = np.zeros_like(region)
-    clean[box] = (outside != outside[0, 0])[1:-1, 1:-1]                 # a hole is not joined to the corner
-    return clean
+    return (outside != outside[0, 0])[1:-1, 1:-1]                       # a hole is not joined to the corner
 
 
 def _star_shaped(region):
@@ -176,9 +174,10 @@ def mask_to_points(mask, n_points=512):
 def read_outline(xy):
     """The star-shaped outline drawn through a set of points (M, 2): centre (2,) and radii (A,) at ANGLES.
 
-    Smoothing follows the points' own scatter about the curve, by Morozov's discrepancy principle: as few
-    harmonics are kept as leave out no more than the scatter explains. Clean points have none and keep every
-    harmonic. ValueError for fewer than 8 points.
+    The radius as a function of the angle is a Fourier series whose high harmonics are cut. Which? The points'
+    noise is estimated from each point's distance to the chord between its two neighbours, and harmonics go as
+    long as all that goes is less than that noise (Morozov's discrepancy principle). ValueError for fewer than
+    8 points.
     """
     if len(xy) < 8:
         raise ValueError(f"{len(xy)} points on an outline: at least 8 are needed")
@@ -199,7 +198,7 @@ def read_outline(xy):
     variance = np.mean(off ** 2 / (1 + u ** 2 + (1 - u) ** 2))
     wave = np.fft.rfft(curve) / len(ANGLES)
     tail = np.cumsum((2 * np.abs(wave) ** 2)[::-1])[::-1]               # variance of the harmonics from k on
-    keep = max(3, int((tail > 0.65 * variance).sum()))                  # interpolation itself removes a third
+    keep = max(3, int((tail > 0.65 * variance).sum()))                  # interpolation keeps two thirds
     wave[keep:] = 0
     return centre, np.fft.irfft(wave * len(ANGLES), len(ANGLES))
 
@@ -396,7 +395,7 @@ class DDPM:
         self.T, self.predict = T, predict
         if schedule == "cosine":
             f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
-            beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)                # else the last step divides by zero
+            beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)                # keeps alpha_bar > 0, a divisor
         else:
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
         self.alpha_bar = torch.cumprod(1 - beta, 0).float()             # (T,), share of the signal's variance
@@ -415,8 +414,8 @@ class DDPM:
     def loss(self, net, x0, *cond, weight=1.0):
         """Mean squared error of net(x_t, t, *cond) against the target, at steps and noise drawn afresh.
 
-        weight (B, ...) says how much an error costs, not what the best answer is: at every element that is
-        the mean of the target given the input, whatever its weight.
+        weight (B, ...) may depend on what the network is told, here the mask, but not on x0 or eps: then it
+        moves effort between pixels, and the best answer at each is still the mean target given the input.
         Of several processes each works on its own rows, and their mean is the loss of the batch.
         """
         t = torch.randint(self.T, (len(x0),), device=x0.device)
@@ -522,6 +521,7 @@ def train(args):
             bar.set_postfix(loss=f"{log[-1][1]:.3f}")
         if (step + 1) % SAVE_EVERY == 0 and step + 1 < args.steps:
             save_training(args.out, config, net, ema, optimizer, step + 1, log)
+    check_finite(args.out, net, args.steps, log)
     net.load_state_dict(ema.state)                                      # the prior is fitted to what samples
     net.fit_prior(clouds, group)
     ema.state = net.state_dict()
@@ -614,7 +614,7 @@ def sample(args):
     if len({(c["attribute"], *c["image"]) for *_, c in models.values()}) > 1:
         raise InputError(f"{' '.join(args.checkpoint)}: expected one attribute and one size of masks")
     size = (args.size, args.size) if args.size else tuple(config["image"])
-    n = args.n or config["share"]                                      # the most that Equal Scale can ask for
+    n = args.n or config["share"]                                      # what Equal Scale asks for at most
     masks, codes, rows, groups = [], [], [], sorted(models)
     for g in groups:
         clouds, drawn, valid = sample_valid(*models[g], g, n, args.steps, args.seed,
@@ -674,7 +674,7 @@ def compare_masks(made, known, held, other):
 
     The shape figures' reference is the training masks against the first held-out set, that of 1-NNA, COV and
     MMD the second held-out set against the first, that of the memorised share the first held-out set. A mask
-    counts as memorised that is nearer to a training mask than 1 % of these are to one another.
+    counts as memorised if its nearest training mask is closer than 99 % of these are to their own nearest.
     """
     from scipy.stats import ks_2samp  # a second to import, for this alone
 

@@ -15,6 +15,7 @@ the rare group to 0.86, FairSeg's scaling and ADV (0.81) do not lift it (2026-11
 """
 import fairdiff  # isort: skip  # noqa: F401  first, so that a Ctrl-C while torch loads is one line
 import math
+import re
 import sys
 
 import numpy as np
@@ -158,8 +159,9 @@ class StdConv2d(nn.Conv2d):
 
 
 def group_norm(channels, eps=1e-6):
-    """GroupNorm with 32 groups as published, fewer where a compact network has not the channels."""
-    return nn.GroupNorm(min(32, channels // 2), channels, eps=eps)
+    """GroupNorm with 32 groups as published, fewer where a compact network has not the channels for it."""
+    groups = next(g for g in range(min(32, channels // 2), 0, -1) if channels % g == 0)
+    return nn.GroupNorm(groups, channels, eps=eps)
 
 
 class Bottleneck(nn.Module):
@@ -367,7 +369,7 @@ def seg_loss(logits, mask):
 
     logits: (B,K,H,W); mask: long (B,H,W). Returns a scalar.
     """
-    logits = logits.float()                                      # fp32: sums over a whole batch overflow bf16
+    logits = logits.float()                             # bf16 keeps 8 bits: too few for a sum over a batch
     return 0.5 * F.cross_entropy(logits, mask) + 0.5 * soft_dice(logits.softmax(1), mask).mean()
 
 
@@ -486,12 +488,17 @@ SAVE_EVERY = 200                                        # steps between checkpoi
 
 
 def split_validation(data, attribute, share, seed):
-    """Row numbers (train, validation): a share of the real images of every group is held out; seeded."""
-    code = group_codes(data, attribute)[0]
-    rng = np.random.default_rng((seed, 7))
-    held = [rng.permutation(np.flatnonzero((code == g) & ~data["synthetic"])) for g in np.unique(code)]
-    val = np.sort(np.concatenate([h[:round(share * len(h))] for h in held])).astype(int)
-    return np.setdiff1d(np.arange(len(code)), val), val
+    """Row numbers (train, validation): a share of the real images of every group is held out; seeded.
+
+    An image that mix has repeated (NAME+1) is held out once, and none of its copies is trained on.
+    """
+    code, rng, held = group_codes(data, attribute)[0], np.random.default_rng((seed, 7)), []
+    origin = np.array([re.sub(r"\+\d+$", "", name) for name in data["name"]])
+    for g in np.unique(code):
+        own = list(dict.fromkeys(origin[(code == g) & ~data["synthetic"]]))         # each once, in order
+        held.extend(rng.permutation(own)[:round(share * len(own))])
+    out = np.isin(origin, held)
+    return np.flatnonzero(~out), np.flatnonzero(out & (origin == data["name"]) & ~data["synthetic"])
 
 
 def method_weights(data, attribute, method):
@@ -629,11 +636,11 @@ def load_segmenter(path, device):
     return net.to(device, memory_format=torch.channels_last).eval()
 
 
-def check_size(data, path):
-    """InputError where the images are none or not divisible by 16."""
+def check_size(data, path, unit=16, who="TransUNet"):
+    """InputError where the images are none or their sides not divisible by unit pixels."""
     n, h, w = data["image"].shape
-    if not n or h % 16 or w % 16:
-        raise InputError(f"{path}: {n} images of {h}x{w} pixels; TransUNet needs sides divisible by 16")
+    if not n or h % unit or w % unit:
+        raise InputError(f"{path}: {n} images of {h}x{w} pixels; {who} needs sides divisible by {unit}")
 
 
 def predict(args):

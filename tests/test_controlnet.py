@@ -156,6 +156,28 @@ def test_agreement_of_real_images_with_themselves_is_one(set_file, tmp_path):
     assert {r["figure"] for r in rows} == {"dice", "distance", "missing"}
 
 
+def test_a_group_that_the_judge_never_finds_stays_in_the_table(set_file, tmp_path, monkeypatch, phantom):
+    """Dice 0 and all missing, not left out: else the worst failure would raise what is pooled."""
+    truth, rare = phantom["mask"], phantom["race"] == 0
+    monkeypatch.setattr(controlnet, "load_segmenter", lambda *a: None)
+    read = iter([np.where(rare[:, None, None], 0, truth), truth])       # of the generated images, then of the real ones
+    monkeypatch.setattr(controlnet, "segment", lambda *a, **k: next(read))
+    assert controlnet.main(["agree", "judge.pt", set_file, set_file, "--out", str(tmp_path / "a.csv")]) == 0
+    rows = {(r["group"], r["figure"]): r for r in csv.DictReader(open(tmp_path / "a.csv")) if r["structure"] == "cup"}
+    assert float(rows["Asian", "dice"]["generated"]) == 0 and float(rows["Asian", "missing"]["generated"]) == 1
+    assert rows["Asian", "distance"]["generated"] == "nan"
+    assert float(rows["pooled", "dice"]["ratio"]) == pytest.approx(2 / 3, abs=1e-5)
+    assert float(rows["pooled", "distance"]["generated"]) == 0
+
+
+def test_default_patch_fits_every_size_that_is_promised():
+    """Sides divisible by 16 always fit; the sizes of the dial keep 2, 4 and 7."""
+    assert [controlnet.default_patch(s, s) for s in (32, 64, 128, 224, 512)] == [2, 2, 4, 7, 16]
+    for h in range(16, 400, 16):
+        for w in range(16, 400, 48):
+            assert h % (4 * controlnet.default_patch(h, w)) == w % (4 * controlnet.default_patch(h, w)) == 0
+
+
 class Stub(torch.nn.Module):
     """In Inception's place: two numbers an image, and torchscript's calling convention."""
 
@@ -180,6 +202,10 @@ def test_table_1_knows_copies_and_refuses_to_call_the_judge_fid(set_file, traine
     rows = {r["set"]: r for r in csv.DictReader(open(out))}
     assert 0 <= float(rows["real"]["FID"]) < float(rows["base, no control"]["FID"])
     assert controlnet.main([*argv, "--inception", set_file]) == 2 and "TorchScript" in capsys.readouterr().err
+    other = str(tmp_path / "other.pt")
+    assert controlnet.main(["train-base", set_file, "--out", other, "--width", "8", "--steps", "1", "--batch", "4"]) == 0
+    argv[2] = other
+    assert controlnet.main(argv) == 2 and "another base" in capsys.readouterr().err
 
 
 def test_a_reader_along_the_way_changes_nothing(set_file, trained, tmp_path, capsys):

@@ -255,6 +255,14 @@ def test_a_loss_that_is_not_finite_stops_the_stage(name, module, here, capsys, m
     assert state["step"] == 2 and all(v.isfinite().all() for v in state["ema"].values())
 
 
+def test_a_point_model_that_is_not_finite_at_its_end_is_one_line(here, capsys, monkeypatch):
+    """Without a checkpoint on the way, too: the loss is looked at before the shape codes are fitted."""
+    real = pointdiff.DDPM.loss
+    monkeypatch.setattr(pointdiff.DDPM, "loss", lambda *a, **k: real(*a, **k) * float("nan"))
+    line = refused(capsys, pointdiff, f"{TRAIN['points'][1]} --out x.pt", code=1)
+    assert "the loss became nan" in line and not pathlib.Path("x.pt").exists()
+
+
 # ------------------------------------------------------------------------------------------------------------
 # No one let in
 

@@ -138,6 +138,22 @@ def test_validation_is_stratified_and_real(phantom):
     assert [(data["race"][held] == g).sum() for g in range(3)] == [round(0.2 * (real == g).sum()) for g in range(3)]
 
 
+def test_validation_is_not_trained_on_as_a_copy(phantom):
+    """Of a set with repeated images, as mix writes, no held-out patient is trained on; each is held out once."""
+    rare = fairdiff.take(phantom, np.r_[np.flatnonzero(phantom["race"] == 0)[:4], np.flatnonzero(phantom["race"] > 0)])
+    mixed = fairdiff.equal_scale(rare, fairdiff.take(rare, slice(0, 0)), "race", share=0.0)
+    rows, held = transunet.split_validation(mixed, "race", 0.5, seed=0)
+    patients = [{n.split("+")[0] for n in mixed["name"][part]} for part in (rows, held)]
+    assert not patients[0] & patients[1] and len(patients[1]) == len(held)
+    assert (mixed["race"][held] == 0).sum() == 2 and patients[0] | patients[1] == {n.split("+")[0] for n in mixed["name"]}
+
+
+@pytest.mark.parametrize("width", [8, 24, 40, 56, 72])
+def test_every_width_that_is_accepted_works(width):
+    """Channels that 32 does not divide get fewer groups, not an error."""
+    assert TransUNet(width=width)(torch.zeros(1, 1, 32, 32)).shape == (1, 3, 32, 32)
+
+
 def test_overfits_two_images():
     """The compact network learns two images by heart in 60 steps."""
     torch.manual_seed(0)
