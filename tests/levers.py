@@ -8,7 +8,7 @@ tests/levers.csv and is skipped once it is there.
     python tests/levers.py --table
 
 Numbers and intervals are those of tests/study.py, but for the spread over trainings: it is taken to be the same for all
-levers and estimated from all, since two trainings a seed say little about their own.
+levers on one row and estimated from all, since two trainings a seed say little about their own.
 """
 import argparse
 import csv
@@ -159,7 +159,7 @@ def table(lines, rare):
     for lever in SETS:
         cells = []
         for figure in study.FIGURES:
-            every = [x for x in lines if x["figure"] == figure]
+            every = [x for x in lines if x["figure"] == figure and x["row"].split(",")[0] == lever.split(",")[0]]
             mine = [x for x in every if x["row"] == lever]
             spread = [(float(x["more_sd"]) ** 2, int(x["trainings"]) - 1) for x in every]
             if mine:

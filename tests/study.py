@@ -1,19 +1,19 @@
 """How much of the harm does synthesis repair, and which link loses the rest?  python tests/study.py
 
 One cell is one seed of everything (data, generators, segmenters) and one number of rare training images. A cell is a
-run of train.sh with those, and Equal Scale once more with nothing but synthetic images for those missing (share 1). Where
-the rare group has its natural size, rows are added that replace one link of FairDiff by its real counterpart, which
-only the phantom has: its masks by those of new patients, its images by renderings. Each cell appends its rows to tests/study.csv and is
-skipped once it is there, so the study can be run in pieces; an interrupted cell continues. Two cells at once, on
-one core each (OMP_NUM_THREADS=1), take less time than one after the other.
+run of train.sh with those, and Equal Scale once more with nothing but synthetic images for those missing (share 1).
+Where the rare group has its natural size, rows are added that replace one link of FairDiff by its real counterpart,
+which only the phantom has: its masks by those of new patients, its images by renderings. Each cell appends its rows to
+tests/study.csv and is skipped once it is there, so the study can be run in pieces; an interrupted cell continues. Two
+cells at once, on one core each (OMP_NUM_THREADS=1), take less time than one after the other.
 
     python tests/study.py --seeds 0 --rare 10            one cell, a quarter of an hour on two cores
     python tests/study.py --table                        only the tables and assets/rarity.svg from tests/study.csv
 
 Scores are the Dice of rim and cup, averaged, on the 2,000 test images of the seed. Where a row is trained several times
-(--trainings), an image's score is its mean over them. share: of the distance from plain to oracle, how much a row
-closes. Intervals in the CSV: 95 %, over test images, paired (the same resamples for every row); beside them the
-standard deviation over the trainings. The tables pool both: what a new test set *and* a new training would move.
+(--trainings; rows of links once), an image's score is its mean over them. share: of the distance from plain to oracle,
+how much a row closes. Intervals in the CSV: 95 %, over test images, paired (the same resamples for every row); beside
+them the standard deviation over the trainings. The tables show two intervals, see `pooled`.
 """
 import argparse
 import csv
@@ -65,16 +65,15 @@ def topped_up(out, link, share, seed):
     return fairdiff.equal_scale(real, top_up, "race", seed=seed, share=share)
 
 
-def segmenter(out, link, share, seed, training):
+def segmenter(out, link, share, seed):
     """Train a TransUNet on an attribution row's set as train.sh did on its sets. Returns its predictions' path."""
     name = f"{link.replace(', ', '-').replace(' ', '-')}-share{share:g}"
     same = fairdiff.load_checkpoint(out / "plain.pt")["config"]
-    topped, checkpoint = out / f"links/{name}.npz", out / f"links/{name}-{training}.pt"
-    predictions = out / f"pred/{name}-{training}.npz"
+    topped, checkpoint, predictions = out / f"links/{name}.npz", out / f"links/{name}.pt", out / f"pred/{name}.npz"
     if not predictions.exists():
         fairdiff.save_set(topped, topped_up(out, link, share, seed))
         command(transunet.main, "train", topped, "--steps", same["steps"], "--batch", same["batch"],
-                "--seed", training, "--out", checkpoint)
+                "--seed", seed, "--out", checkpoint)
         command(transunet.main, "predict", checkpoint, out / "data/test.npz", "--out", predictions)
     return predictions
 
@@ -119,7 +118,7 @@ def cell(args, seed, rare):
     out = args.out / f"seed{seed}-rare{rare}"
     natural = rare == NATURAL
     trainings = [seed + 10 * k for k in range(args.trainings)]          # seeds of the TransUNets
-    dials = {"SCALE": args.scale, "SEED": str(seed), "OUT": str(out)} | ({} if natural else {"RARE": str(rare)})
+    dials = {"SCALE": "cpu", "SEED": str(seed), "OUT": str(out)} | ({} if natural else {"RARE": str(rare)})
     runs = [{"METHODS": " ".join(MAIN), "SEEDS": " ".join(map(str, trainings))}]
     for run in runs + [{"METHODS": "all"}] * natural:
         subprocess.run(["bash", str(root / "train.sh")], env=os.environ | dials | run, check=True)
@@ -129,7 +128,7 @@ def cell(args, seed, rare):
     for link in LINKS:                                      # drawn and painted at share 0.5 is the row "equal"
         for share in (1, 0.5) if link != LINKS[-1] else (1,):
             if natural or link == LINKS[-1]:
-                predictions[f"{link}, share {share:g}"] = [segmenter(out, link, share, seed, t) for t in trainings]
+                predictions[f"{link}, share {share:g}"] = [segmenter(out, link, share, seed)]
     commit = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     lines = [[seed, rare, *row, commit.stdout.strip()] for row in measure(fairdiff.load_set(out / "data/test.npz"), predictions)]
     with open(args.csv, "a", newline="") as file:
@@ -140,20 +139,21 @@ def cell(args, seed, rare):
 
 
 def pooled(lines, row, rare, figure, name):
-    """Mean over the seeds and the half-width of its interval (seeds are independent); the seeds' own values.
+    """Mean over the seeds, half-widths of two intervals, and the seeds' own values.
 
-    The interval is over test images and, where every seed has several trainings, over these as well (Student's t).
+    The first interval is over test images and, where a seed has several trainings, over these as well: for these data
+    and generators. The second (Student's t over the seeds) is for others as well; seeds are independent.
     """
     mine = [x for x in lines if (x["row"], int(x["rare"]), x["figure"]) == (row, rare, figure)]
     value = np.array([float(x[name]) for x in mine])
     half = np.array([(float(x[f"{name}_hi"]) - float(x[f"{name}_lo"])) / 2 for x in mine])
     half = np.sqrt((half ** 2).sum()) / len(mine)
-    if all(x[f"{name}_sd"] for x in mine):
-        n = np.array([int(x["trainings"]) for x in mine])
-        variance = np.array([float(x[f"{name}_sd"]) ** 2 for x in mine])
-        error = np.sqrt((variance / n).sum()) / len(mine)
-        half = np.hypot(half, stats.t.ppf(0.975, (n - 1).sum()) * error)
-    return value.mean(), half, value
+    n = np.array([int(x["trainings"]) for x in mine])
+    if n.max() > 1:
+        variance = sum(float(x[f"{name}_sd"] or 0) ** 2 * (int(x["trainings"]) - 1) for x in mine) / (n - 1).sum()
+        half = np.hypot(half, stats.t.ppf(0.975, (n - 1).sum()) * np.sqrt(variance * (1 / n).sum()) / len(mine))
+    across = stats.t.ppf(0.975, len(value) - 1) * value.std(ddof=1) / len(value) ** 0.5 if len(value) > 1 else np.nan
+    return value.mean(), half, across, value
 
 
 def tables(lines):
@@ -167,11 +167,11 @@ def tables(lines):
                   "| row (trainings a seed) | Dice | gain | share closed | seeds | more than oversampling |\n" + "|---" * 6 + "|")
             for row in rows:
                 cells = [pooled(lines, row, rare, figure, n) for n in ("value", "gain", "share", "more")]
-                (value, _, _), (gain, a, _), (share, b, each), (more, c, _) = cells
+                (value, *_), (gain, a, *_), (share, b, d, each), (more, c, e, _) = cells
                 n = next(x["trainings"] for x in lines if (x["row"], int(x["rare"])) == (row, rare))
                 print(f"| {row} ({n}) | {value:.4f} | " + ("– | – | – |" if row == "plain" else
-                      f"{gain:.3f} ± {a:.3f} | {share:.0%} ± {b:.0%} | {', '.join(f'{x:.0%}' for x in each)} |")
-                      + (f" {more:+.3f} ± {c:.3f} |" if row not in ("plain", "oversample") else " – |"))
+                      f"{gain:.3f} ± {a:.3f} | {share:.0%} ± {b:.0%} ({d:.0%}) | {', '.join(f'{x:.0%}' for x in each)} |")
+                      + (f" {more:+.4f} ± {c:.4f} ({e:.4f}) |" if row not in ("plain", "oversample") else " – |"))
 
 
 def chart(lines, path):
@@ -195,22 +195,25 @@ def main():
     parser = argparse.ArgumentParser(description="The rarity study; see the top of the file.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rare", type=int, nargs="+", default=[NATURAL, 30, 10], help="rare images in training")
-    parser.add_argument("--trainings", type=int, default=3, help="TransUNets a row of the run and of the links")
-    parser.add_argument("--scale", default="cpu", choices=("smoke", "cpu"))
+    parser.add_argument("--trainings", type=int, default=3, help="TransUNets of plain, oversample, equal, oracle")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("study"), help="folder of the cells' runs")
     parser.add_argument("--csv", type=pathlib.Path, default=root / "tests/study.csv", help="rows are appended here")
     parser.add_argument("--table", action="store_true", help="run nothing")
     args = parser.parse_args()
 
     def lines():
-        return list(csv.DictReader(args.csv.open())) if args.csv.exists() else []
+        found = list(csv.DictReader(args.csv.open())) if args.csv.exists() else []
+        if found and list(found[0]) != COLUMNS:
+            sys.exit(f"{args.csv}: columns of another version; choose another --csv")
+        return found
 
+    lines()
     for rare in args.rare if not args.table else ():
         for seed in args.seeds:
             if not any((x["seed"], x["rare"]) == (str(seed), str(rare)) for x in lines()):
                 cell(args, seed, rare)
     tables(lines())
-    chart(lines(), root / "assets/rarity.svg")
+    chart(lines(), root / "assets/rarity.svg" if args.csv == root / "tests/study.csv" else args.csv.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ def test_measure_by_hand(lines):
 def test_pooled_interval(lines):
     """Two independent sets of equal width: the mean's interval is narrower by the root of two."""
     (one,) = (x for x in lines if (x["row"], x["figure"], x["seed"]) == ("equal", "ES-Dice", 1))
-    value, half, each = study.pooled(lines, "equal", 10, "ES-Dice", "share")
-    assert value == pytest.approx(float(one["share"])) and len(each) == 2
+    value, half, across, each = study.pooled(lines, "equal", 10, "ES-Dice", "share")
+    assert value == pytest.approx(float(one["share"])) and len(each) == 2 and across == 0      # the seeds are one
     assert half == pytest.approx((float(one["share_hi"]) - float(one["share_lo"])) / 2 / np.sqrt(2))
 
 
@@ -61,7 +61,7 @@ def test_trainings_by_hand(phantom, tmp_path):
     assert [float(equal[f"{k}_sd"]) for k in ("value", "gain", "share")] == pytest.approx([0.5 ** 0.5] * 3, abs=1e-4)
     assert (equal["trainings"], one["trainings"], one["value_sd"]) == (2, 1, "")
     assert float(one["share"]) == 1
-    value, interval, _ = study.pooled(lines, "equal", 10, "worst group", "share")
+    value, interval, *_ = study.pooled(lines, "equal", 10, "worst group", "share")
     # Four trainings of two seeds: 2 degrees of freedom, t = 4.303; standard error 0.7071 / 2. Over images: none.
     assert value == pytest.approx(0.5) and interval == pytest.approx(4.303 * 0.7071 / 2, abs=1e-3)
     assert study.pooled(lines, "one", 10, "worst group", "share")[1] == 0
@@ -80,5 +80,5 @@ def test_tables_and_chart_read_the_file_back(lines, tmp_path, capsys):
     assert printed.count("| equal (1) |") == 4 and "worst group, 30 images" in printed
     tree = xml.etree.ElementTree.parse(tmp_path / "chart.svg")
     drawn = [e.text for e in tree.iter() if e.tag.endswith("title") and "[" in e.text]
-    (share, half, _) = study.pooled(read, "equal", 10, "worst group", "share")
+    (share, *_) = study.pooled(read, "equal", 10, "worst group", "share")
     assert len(drawn) == 3 * 2 and f"Equal Scale, share 0.5 {100 * share:.4g} [" in " ".join(drawn)
