@@ -370,7 +370,7 @@ def sample_images(net, ddpm, config, code, mask, size, steps, seed, device, dtyp
 def sample(args):
     """Paint an image over every mask of a dataset file."""
     device, dtype = pick_device(args.device)
-    data = load_set(args.masks)
+    data = load_set(args.masks, "`python pointdiff.py sample` makes masks")
     net, ddpm, config = load_painter(args.checkpoint, "control", device)
     check_grid(data, args.masks, config)
     code, names = group_codes(data, config["attribute"])

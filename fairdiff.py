@@ -36,7 +36,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 from tqdm import tqdm
 
-INTERRUPTED = "interrupted; the same command again continues"
+INTERRUPTED = "interrupted; the same command again continues a training"
 WORLD = int(os.environ.get("WORLD_SIZE", 1))                            # processes, and which one this is:
 RANK = int(os.environ["RANK"]) if WORLD > 1 else 0                      # torchrun sets both
 
@@ -55,7 +55,7 @@ def _interrupt(*_):
 
 
 sys.excepthook = _one_line
-warnings.filterwarnings("ignore", "Mean of empty slice")                # the NaN that it gives says it
+warnings.filterwarnings("ignore", "Mean of empty slice")                # the NaN in the result says it
 # N images, H W pixels, G groups. torch takes two seconds to import, so only the functions that need it do.
 
 # ------------------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def _phantom_image(rng, mask, look):
     blot = np.hypot(x - cx - far * np.cos(way), x[:, None] - cy - far * np.sin(way))
     blot = ((blot < 0.42 * radius * np.exp(rng.normal(0, 0.15))) & (mask == 1)).astype(np.float32)
     blur = look["blur"] * np.exp(rng.normal(0, 0.2)) * size
-    reach = int(5 * blur) + 1                                         # beyond it, blurred nothing is nothing
+    reach = int(5 * blur) + 1                                         # a Gaussian is cut off at 4 sigma
     rows, cols = (np.flatnonzero(disc.any(axis)) if disc.any() else [0] for axis in (1, 0))
     near = tuple(slice(max(0, at[0] - reach), at[-1] + 1 + reach) for at in (rows, cols))
     for region, sigma in ((disc, blur), (cup, 1.15 * blur), (blot, blur)):
@@ -239,7 +239,7 @@ def make_phantom(n, size, seed, shift=1.0, balance=None, rare=None):
         raise InputError(f"phantom size {size} px: expected 32 to 512")
     rng = np.random.default_rng((seed, 2))
     data = {"age": np.clip(rng.normal(60, 16, n), 18, 95).astype(np.float32)}
-    if balance == "age":                                                # as far from 60, in turn on each side
+    if balance == "age":                                # mirrored at 60: even rows below, odd ones not
         data["age"] = np.where(np.arange(n) % 2, np.maximum(data["age"], 120 - data["age"]),
                                np.minimum(data["age"], np.float32(119.9) - data["age"]))
     for attribute, share in MARGINALS.items():
@@ -253,7 +253,7 @@ def make_phantom(n, size, seed, shift=1.0, balance=None, rare=None):
             code = np.where(code == len(share), -1, code)
         data[attribute] = code.astype(np.int8)
     race = data["race"]
-    if rare is not None:                            # the first 10 who stay are among the 30 who would
+    if rare is not None:                    # the patients of --rare 10 are among those of --rare 30
         race[np.flatnonzero(race == 0)[rare:]] = 2
     data["mask"] = np.empty((n, size, size), np.uint8)
     for i in range(n):
@@ -380,14 +380,14 @@ def split_fairseg(folder, names, files=None, skip_missing=False):
 
     files: [TRAIN.txt, TEST.txt], lines that end in a file name; or [SUMMARY.csv] with a column `train` (1 or
     0) and one that names the files; None: FOLDER's train.txt and test.txt or its data_summary.csv; without
-    any, the first 8,000 of 10,000 in name order, 80 % of other numbers. Prints how many patients are in no
-    list. InputError where a listed file is missing (skip_missing: printed) or in both parts, or a part empty.
+    any, the first 80 % in name order. Prints how many patients are in no list. InputError where a listed
+    file is missing (skip_missing: printed) or in both parts, or a part empty.
     """
     usual = [("train.txt", "test.txt"), ("data_summary.csv",)]
     usual = [[pathlib.Path(folder, name) for name in group] for group in usual]
     files = files or next((group for group in usual if all(f.is_file() for f in group)), [])
     n, place = len(names), {_patient(name): i for i, name in enumerate(names)}
-    parts = np.split(np.arange(n), [8000 if n == 10000 else round(0.8 * n)])
+    parts = np.split(np.arange(n), [round(0.8 * n)])
     where = " and ".join(map(str, files)) or f"name order, {len(parts[0])} to train"
     if files:
         tables = [pathlib.Path(f).read_text("utf-8-sig", errors="replace").splitlines() for f in files]
@@ -678,12 +678,12 @@ def read_arrays(path, wanted=None):
         raise InputError(f"{path}: not a readable .npz ({e})") from None
 
 
-def load_set(path):
-    """Read and validate one dataset file: a dict of arrays. InputError where it is missing or malformed."""
+def load_set(path, help="`python fairdiff.py phantom --out FOLDER` makes one"):
+    """Read and validate a dataset file: a dict of arrays. InputError where it is missing or malformed."""
     try:
         return check_set(read_arrays(path), path)
     except FileNotFoundError:
-        raise InputError(f"no dataset {path}: `python fairdiff.py phantom --out FOLDER` makes one") from None
+        raise InputError(f"no dataset {path}: {help}") from None
 
 
 def save_set(path, data):
@@ -977,7 +977,8 @@ MARKS = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "M-4-4h8v8h-8z", "M0-5l5 9h-10z", 
 
 
 def chart(title, x_label, y_label, series, ticks=None, join=True):
-    """One SVG as text: for each series a mark at every point, its interval if it has one, and a line.
+    """One SVG as text: for each series a line, and a mark at every point (of 20 or more: at about ten) with
+    its interval if it has one.
 
     series: {label: (x (n,), y (n,), interval (2, n) or None)}; ticks: {x: text} instead of numbers, and each
     series beside the others; join=False: no lines. Points that are NaN are left out.
@@ -1012,7 +1013,7 @@ def chart(title, x_label, y_label, series, ticks=None, join=True):
     out += [f'<text x="{px(x)}" y="268" text-anchor="middle">{html.escape(text)}</text>'
             for x, text in (ticks or {x: f"{x:.0f}" for x in np.linspace(x0, x1, 5)}).items()]
     for i, (label, table) in enumerate(points.items()):
-        mark, colour = MARKS[i % len(MARKS)], COLOURS[i % len(COLOURS)]
+        mark, colour = MARKS[i % 7], COLOURS[i % 8]         # 56 series before two look alike
         out.append(f'<g fill="{colour}" stroke="{colour}">')
         if join:
             out.append('<polyline fill="none" stroke-width="1.5" points="'
@@ -1047,7 +1048,8 @@ def group_charts(text):
 
 
 def loss_charts(out):
-    """Two charts of the losses that the checkpoints in a folder have logged; of a row its first training."""
+    """Two charts of the losses that the checkpoints in a folder have logged; of a row trained
+    several times (equal.pt, equal-1.pt) the first alone."""
     diffusion, segmenters = {}, {}
     for path in sorted(p for p in out.glob("*.pt") if not (out / f"{p.stem.rpartition('-')[0]}.pt").exists()):
         state = load_checkpoint(path)
@@ -1085,7 +1087,8 @@ def report(args):
         "The data": (pre("log/data.txt"), picture(
             "data.train", "Training patients of each group; again with disc (blue), cup (orange) outlined")),
         "Points to masks (Section 2.2)": (
-            pre("log/masks.txt"), picture("points", "From noise to boundary points, mask, nearest real ones"),
+            pre("log/masks.txt"), pre("log/score.txt"),
+            picture("points", "From noise to boundary points, mask, nearest real ones, cup-to-disc ratios"),
             picture("masks", "Masks drawn for each group: disc grey, cup white")),
         "Masks to images (Section 2.3)": (
             picture("base", "Real images, and below them those of the base, which sees no mask"),
@@ -1134,11 +1137,11 @@ def sample_sheet(path, data, attribute="race"):
 
 
 def phantom(args):
-    """Write OUT/train.npz and OUT/test.npz of phantom patients, from seeds that no other call shares."""
+    """Write OUT/train.npz and OUT/test.npz of phantom patients."""
     if not args.train + args.test:
         raise InputError("--train 0 --test 0: expected one image at least")
     for split, n in (("train", args.train), ("test", args.test)):
-        if n:                                                         # natural and balanced sets share nobody
+        if n:                                       # a natural and a balanced set of one seed share nobody
             seed = 4 * args.seed + (split == "test") + 2 * bool(args.balance)
             data = make_phantom(n, args.size, seed, args.shift, args.balance,
                                 args.rare if split == "train" else None)
@@ -1174,7 +1177,7 @@ def export(args):
 
 def mix(args):
     """Equal Scale of a real and a synthetic set, with the counts before and after."""
-    real, synthetic = load_set(args.real), load_set(args.synthetic)
+    real, synthetic = load_set(args.real), load_set(args.synthetic, "`python controlnet.py sample` makes it")
     target = args.target
     if target not in (None, "max"):
         if not target.isdecimal() or not int(target):

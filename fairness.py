@@ -116,7 +116,8 @@ def essp(overall, group_means):
     """Equity-scaled segmentation performance, Eq. 7: overall / (1 + standard deviation of the group means).
 
     overall: (...); group_means: (..., G), NaN is left out. Returns float (...); one group: overall; none:
-    NaN. The sample deviation (n - 1) it is: only that gives the paper's tables. ValueError: outside [0, 1].
+    NaN. The deviation is the sample's (n - 1): only with it come the paper's tables out. ValueError: outside
+    [0, 1].
     """
     overall, means = np.asarray(overall, float), np.asarray(group_means, float)
     _check_scores(overall, means)
@@ -170,7 +171,7 @@ def _bootstrap(sizes, n_boot, seed):
     rng = np.random.default_rng([seed, 0])
     strata = zip(sizes, np.cumsum(sizes), strict=True)
     return np.concatenate([rng.integers(end - n, end or 1, (n_boot, n), np.int32)     # int32: half the memory
-                           for n, end in strata], axis=1)       # or 1: no one unknown, numpy wants a range
+                           for n, end in strata], axis=1)       # or 1: nobody unknown, 0 to 0 is no range
 
 
 @functools.lru_cache(maxsize=4)
@@ -231,8 +232,10 @@ def fair_report(scores, group, names=None, n_boot=2000, seed=0, ci=0.95, n_perm=
 
     scores: (N,) in [0, 1], NaN is skipped, n counts the rest; group: codes (N,), -1 unknown; names: of codes.
     lo, hi: percentile bootstrap, stratified by group. Resampling widens a spread, and sd and gap cannot fall
-    below 0: their intervals can never say "no difference". Read them beside `noise_floor` and p.
-    p: share of n_perm permutations of the labels whose sd reaches the observed one; NaN below two groups.
+    below 0: their intervals can never say "no difference". Read them beside `noise_floor` and p. Where groups
+    are nearly equal worst and es come out low and so do their intervals: a least of noisy means is too small.
+    p: share of n_perm permutations of the labels whose sd reaches the observed one; NaN below two groups. It
+    asks if all scores are of one distribution: groups of one mean but unequal spread can have a small p, too.
     ValueError: unequal shapes, a score outside [0, 1], a code without a name, ci outside (0, 1).
     """
     (scores,), sizes, labels = _sort([scores], group, names)
@@ -243,7 +246,7 @@ def fair_report(scores, group, names=None, n_boot=2000, seed=0, ci=0.95, n_perm=
 
 
 def noise_floor(scores, group, n_perm=2000, seed=0):
-    """Mean sd and mean gap of the group means under permuted labels: what equal groups of these sizes show.
+    """Mean sd and mean gap of the group means under permuted labels: what groups that do not differ show.
 
     Arguments and errors as in `fair_report`. Returns two floats; 0 for one group, NaN for none.
     """
@@ -257,9 +260,10 @@ def noise_floor(scores, group, n_perm=2000, seed=0):
 def compare(scores_a, scores_b, group, names=None, n_boot=2000, seed=0, ci=0.95, n_perm=2000):
     """The rows of `fair_report` for the paired difference a - b of two methods on the same images.
 
-    An image that is NaN in either is skipped. A resample draws the same images for both, which makes the
-    intervals narrower than those of two reports. p: two-sided, n_perm random sign flips of each image's
-    difference, statistic |mean difference| overall. Arguments and errors as in `fair_report`.
+    An image that is NaN in either is skipped, so the difference need not be that of two reports. A resample
+    draws the same images for both, which makes the intervals narrower than those of two reports. p:
+    two-sided, n_perm random sign flips of each image's difference, statistic |mean difference| overall.
+    Arguments and errors as in `fair_report`.
     """
     (a, b), sizes, labels = _sort([scores_a, scores_b], group, names)
     pairs = zip(_estimate(a, sizes, n_boot, seed), _estimate(b, sizes, n_boot, seed), strict=True)
@@ -346,7 +350,7 @@ def read_predictions(items, truth, seed=0):
             raise InputError(f"{item!r}: method {run[0]!r} is empty or taken; name it, as in plain=FILE, or "
                              "its trainings, as in plain:0=FILE plain:1=FILE")
         seen.add(run)
-        data = load_set(path)
+        data = load_set(path, "`python transunet.py predict` makes it")
         place = {name: i for i, name in enumerate(data["name"].tolist())}
         if odd := sorted(set(names) ^ set(place)):
             raise InputError(f"{path}: {len(odd)} names, such as {odd[0]!r}, are not in both files: "
@@ -392,8 +396,8 @@ KINDS = [(structure, metric) for structure in ("cup", "rim") for metric in (dice
 def table(args):
     """Score prediction files against their set; print the tables, write them as CSV and as Markdown."""
     markdown = Path(args.out).with_name("tables.md")
-    if args.seed < 0 or Path(args.out).suffix == ".md":
-        raise InputError("--seed must be at least 0, --out must not end in .md: tables.md goes beside it")
+    if Path(args.out).suffix == ".md":
+        raise InputError(f"--out {args.out}: expected a CSV file; tables.md goes beside it")
     truth = load_set(args.set)
     group, names = known_groups(truth, args.attribute)
     scores, seeds = {}, {}                              # scores: method, seed, structure, metric -> (N,)

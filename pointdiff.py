@@ -586,6 +586,26 @@ def sample_valid(net, ddpm, config, group, n, steps, seed, accept=is_valid):
     return np.stack(kept[:n]), drawn, len(kept)
 
 
+def load_models(paths, group, device):
+    """{group: (network, diffusion, config)} of one checkpoint for all groups, or of several for one each.
+
+    group: the name of the only one to be drawn, or None. InputError where checkpoints do not fit together.
+    """
+    models = {}
+    for path in paths:
+        net, ddpm, config = load_points(path, device)
+        names, own = tuple(config["groups"]), config["group"] or group
+        if group and group != own:
+            raise InputError(f"{path}: trained on {own} alone; it cannot draw {group}")
+        mine = [group_number(names, own)] if own else range(len(names))
+        if set(mine) & set(models):
+            raise InputError(f"{path}: expected one checkpoint a group, this is another for {names[mine[0]]}")
+        models |= {g: (net, ddpm, config) for g in mine}
+    if len({(c["attribute"], *c["image"]) for *_, c in models.values()}) > 1:
+        raise InputError(f"{' '.join(paths)}: expected one attribute and one size of masks")
+    return models
+
+
 def read_masks(clouds, size):
     """Masks uint8 (M, H, W) of sampled clouds (M, N, 3); InputError where one is smaller than a pixel."""
     try:
@@ -601,18 +621,9 @@ def sample(args):
     Several checkpoints: each draws the group that it was trained on, as the paper does.
     """
     device, _ = pick_device(args.device)
-    models = {}                                                       # who draws which group
-    for path in args.checkpoint:
-        net, ddpm, config = load_points(path, device)
-        names, own = tuple(config["groups"]), config["group"] or args.group
-        if args.group and args.group != own:
-            raise InputError(f"{path}: trained on {own} alone; it cannot draw {args.group}")
-        mine = [group_number(names, own)] if own else range(len(names))
-        if set(mine) & set(models):
-            raise InputError(f"{path}: expected one checkpoint a group, this is another for {names[mine[0]]}")
-        models |= {g: (net, ddpm, config) for g in mine}
-    if len({(c["attribute"], *c["image"]) for *_, c in models.values()}) > 1:
-        raise InputError(f"{' '.join(args.checkpoint)}: expected one attribute and one size of masks")
+    models = load_models(args.checkpoint, args.group, device)
+    config = next(iter(models.values()))[2]                             # alike in all that is read of it here
+    names = config["groups"]
     size = (args.size, args.size) if args.size else tuple(config["image"])
     n = args.n or config["share"]                                      # what Equal Scale asks for at most
     masks, codes, rows, groups = [], [], [], sorted(models)
@@ -698,29 +709,29 @@ def compare_masks(made, known, held, other):
 def score(args):
     """Are sampled masks like held-out real masks of their group, and are they new?"""
     device, _ = pick_device(args.device)
-    net, ddpm, config = load_points(args.checkpoint, device)
-    parts = []
+    models, parts = load_models(args.checkpoint, None, device), []
+    attribute = next(iter(models.values()))[2]["attribute"]
     for path in (args.train, args.test):
         data = load_set(path)
-        code, names = known_groups(data, config["attribute"])
+        code, names = known_groups(data, attribute)
         parts.append([data["mask"][(code == g) & (data["mask"] > 0).any((1, 2))] for g in range(len(names))])
     there = [g for g, (known, held) in enumerate(zip(*parts, strict=True))
-             if len(known) > 1 and len(held) > 3 and config["group"] in (None, names[g])]
+             if len(known) > 1 and len(held) > 3 and g in models]
     if not there:
         raise InputError(f"{args.test}: no group with 4 masks that have a disc")
     table, sheet = [], []
     for steps in args.steps:
         for g in there:
             known, held = parts[0][g], parts[1][g]
-            n, started = min(500, len(held) // 2), time.perf_counter()      # two held-out sets of equal size
-            clouds, drawn, valid = sample_valid(net, ddpm, config, g, n, steps, args.seed)
+            n, started = min(args.n, len(held) // 2), time.perf_counter()      # two held-out sets of a size
+            clouds, drawn, valid = sample_valid(*models[g], g, n, steps, args.seed)
             rows = [("ms a cloud", 1000 * (time.perf_counter() - started) / drawn, 0.0),
                     ("valid", valid / drawn, 1.0)]
             made = read_masks(clouds, held.shape[1:])
             rows += compare_masks(made, known, held[:n], held[n:2 * n])
             table += [(names[g], n, steps, *row) for row in rows]
             if steps == args.steps[-1]:
-                cloud, = sample_clouds(net, ddpm, config, g, 1, steps, args.seed, frames=(frames := []))
+                cloud, = sample_clouds(*models[g], g, 1, steps, args.seed, frames=(frames := []))
                 far = chamfer(cloud[None, ::4], np.stack([mask_to_points(m, 128) for m in known]))[0]
                 picked = np.linspace(0, len(frames) - 1, 8).round().astype(int)
                 tiles = [draw_cloud(frames[i][0]) for i in picked]
@@ -810,10 +821,11 @@ def main(argv=None):
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.set_defaults(run=train)
     p = sub.add_parser("score", help="compare sampled masks with held-out real ones")
-    p.add_argument("checkpoint", help="what train wrote")
+    p.add_argument("checkpoint", nargs="+", help="what train wrote; several: one for each group")
     p.add_argument("train", help="dataset .npz that it was trained on")
-    p.add_argument("test", help="dataset .npz of held-out masks, up to 1,000 a group are used")
+    p.add_argument("test", help="dataset .npz of held-out masks")
     p.add_argument("--out", default="points.csv", help="the table; a picture is written beside it")
+    p.add_argument("--n", type=int, default=500, help="masks a group, at most half of the held-out ones")
     p.add_argument("--steps", type=int, default=[32], nargs="+", help="sampler steps; several: a curve")
     p.add_argument("--seed", type=int, default=0, help="draws the noise")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")

@@ -26,6 +26,10 @@ trap stop INT TERM
 among() { case " $2 " in *" $1 "*) ;; *) die "$3=$1: expected all or any of $2" ;; esac }
 [ "$ATTRIBUTE" = all ] || among "$ATTRIBUTE" "$attributes" ATTRIBUTE
 case $SEEDS$SEED in *[!0-9\ ]*) die "SEED=$SEED SEEDS=$SEEDS: expected whole numbers from 0" ;; esac
+[ -n "${SEEDS// }" ] || die "SEEDS: expected a whole number at least"
+once_each() { [ -z "$(printf '%s\n' $2 | sort | uniq -d)" ] || die "$1=$2: one of them stands there twice"; }
+once_each SEEDS "$SEEDS"
+[ -z "$DATA" ] || [ -z "$RARE" ] || die "RARE=$RARE: a dial of the phantom, not of DATA=$DATA"
 case $GPUS in '' | 0* | *[!0-9]*) die "GPUS=$GPUS: expected a whole number from 1" ;; esac
 
 has_packages() { "$1" -c 'import importlib.util as u, sys
@@ -63,6 +67,7 @@ esac
 METHODS=${METHODS:-$default}
 [ "$METHODS" != all ] || METHODS=$rows
 for row in $METHODS; do among "$row" "$rows" METHODS; done
+once_each METHODS "$METHODS"
 if [ -n "$DATA" ]; then METHODS=${METHODS/oracle/}; fi  # only the phantom has as many real patients as we like
 [ -n "${METHODS// }" ] || die "METHODS=oracle: expected another row, too: DATA=$DATA is no phantom"
 if [ -n "$WEIGHTS" ]; then
@@ -100,7 +105,7 @@ once() { local log=$SHARED/log; stage "$@"; }           # what the attributes sh
 if [ "$ATTRIBUTE" = all ]; then
   for a in $attributes; do SHARED=$OUT SCALE=$SCALE ATTRIBUTE=$a OUT=$OUT/$a bash "$here/train.sh"; done
   gather() { for a in $attributes; do cat "$OUT/$a/$1"; done > "$OUT/$2"; }
-  for f in mix agree quality table; do gather log/$f.txt log/$f.txt; done
+  for f in score mix agree quality table; do [ ! -f "$OUT/race/log/$f.txt" ] || gather log/$f.txt log/$f.txt; done
   gather tables.md tables.md
   gather results.csv results.part && awk 'NR == 1 || !/^attribute,/' "$OUT/results.part" > "$OUT/results.csv"
   rm "$OUT/results.part"
@@ -129,6 +134,8 @@ print(*(names[g] for g in sorted(set(c)) if g >= 0), sep="\n")'
   done 3< <(PYTHONPATH=$here "$python" -c "$present" "$real" "$ATTRIBUTE")
 fi
 stage masks pointdiff.py sample "${models[@]}" --steps $draw_points $draw_flags $seed --out "$OUT/masks.npz"
+[ $SCALE = smoke ] ||                                   # whose clouds are no outlines yet
+  stage score pointdiff.py score "${models[@]}" "$real" "$testset" --n 92 --steps $draw_points $seed --out "$OUT/points.csv"
 # 3. Masks to images (Section 2.3). The plain TransUNet, the table's first row, reads some along the way.
 images="--batch $image_batch $seed" seg_args="--steps $seg --batch $seg_batch $seg_flags"
 once plain transunet.py train "$real" --method plain $seg_args $seed --out "$SHARED/plain.pt"
@@ -165,7 +172,7 @@ stage quality controlnet.py quality "$SHARED/judge.pt" "$OUT/base.pt" "$OUT/cont
 stage table fairness.py table "$testset" "${predictions[@]}" $group --out "$OUT/results.csv"
 "$python" "$here/fairdiff.py" report "$OUT"
 
-for f in mix agree quality table; do echo; cat "$log/$f.txt"; done
+for f in score mix agree quality table; do [ ! -f "$log/$f.txt" ] || { echo; cat "$log/$f.txt"; }; done
 echo; echo "pictures:"; find "$OUT" -name '*.png' | sort
 echo "seconds:"
 for f in "$log"/*.done; do printf '%7s %s\n' "$(sed -n 1p "$f")" "$(basename "$f" .done)"; done | sort -n

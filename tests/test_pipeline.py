@@ -210,7 +210,8 @@ def test_gpu_scale_is_the_papers_setting_on_several_processes(calls, tmp_path):
     lines = calls(SCALE="gpu", GPUS="2")
     assert [line.split("--group ")[1].split(" --")[0] for line in lines if line.startswith("pointdiff.py train")] == [
         "Asian", "Old and grey"]
-    assert any(line.startswith("pointdiff.py sample out/points-0.pt out/points-1.pt --steps") for line in lines)
+    for command in ("sample", "score"):
+        assert any(line.startswith(f"pointdiff.py {command} out/points-0.pt out/points-1.pt ") for line in lines)
     rows = "plain oversample adv groupdro fairseg equal synthetic-only oracle".split()
     assert all(f"{row}:0=out/pred/{row}.npz" in lines[-2] for row in rows)
     (tmp_path / "w.npz").write_text("")
@@ -218,7 +219,8 @@ def test_gpu_scale_is_the_papers_setting_on_several_processes(calls, tmp_path):
     assert any("--base --optimizer sgd --weights w.npz" in line for line in lines if "--out paper/plain.pt" in line)
 
 
-@pytest.mark.parametrize("name, value", [("METHODS", "plain magic"), ("ATTRIBUTE", "zodiac"), ("SEEDS", "0 x"), ("GPUS", "0"),
+@pytest.mark.parametrize("name, value", [("METHODS", "plain magic"), ("ATTRIBUTE", "zodiac"), ("SEEDS", "0 x"), ("SEEDS", " "),
+                                         ("SEEDS", "0 1 0"), ("METHODS", "plain equal plain"), ("GPUS", "0"),
                                          ("WEIGHTS", "w.npz")])
 def test_bad_dials_are_refused_at_once(copy, name, value):
     """Exit code 2 and one line before anything is made."""

@@ -237,7 +237,7 @@ def test_score_prints_every_group_and_the_curve_over_sampler_steps(tmp_path, cap
     monkeypatch.setattr(pointdiff, "sample_clouds", lambda *a, frames=None, first=0: (
         frames.extend([clouds, clouds]) if frames is not None else None, clouds[:a[4]])[1])
     monkeypatch.setattr(pointdiff, "load_points", lambda *a: (
-        None, None, {"attribute": "race", "group": None, "groups": ["Asian", "Black", "White"]}))
+        None, None, {"attribute": "race", "group": None, "image": [64, 64], "groups": ["Asian", "Black", "White"]}))
     out = tmp_path / "score.csv"
     assert pointdiff.main(["score", "x", *(f"{tmp_path}/{p}.npz" for p in ("train", "test")), "--steps", "8", "16",
                            "--out", str(out)]) == 0

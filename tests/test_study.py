@@ -2,6 +2,7 @@
 import csv
 import xml.etree.ElementTree
 
+import levers
 import numpy as np
 import pytest
 import study
@@ -82,3 +83,32 @@ def test_tables_and_chart_read_the_file_back(lines, tmp_path, capsys):
     drawn = [e.text for e in tree.iter() if e.tag.endswith("title") and "[" in e.text]
     (share, *_) = study.pooled(read, "equal", 10, "worst group", "share")
     assert len(drawn) == 3 * 2 and f"Equal Scale, share 0.5 {100 * share:.4g} [" in " ".join(drawn)
+
+
+def test_levers_change_what_they_say(tmp_path, phantom, monkeypatch):
+    """Counts of a mix by group and kind; odds that favour one image draw it; united mixes hold others."""
+    rare = fairdiff.take(phantom, np.r_[np.flatnonzero(phantom["race"] == 0)[:4], np.flatnonzero(phantom["race"] > 0)])
+    made = fairdiff.make_phantom(90, 32, 5, balance="race") | {"synthetic": np.ones(90, bool)}
+    fairdiff.save_set(tmp_path / "data/train.npz", rare)
+    fairdiff.save_set(tmp_path / "synthetic.npz", made)
+
+    def counts(data):
+        return [[int(((data["race"] == g) & (data["synthetic"] == s)).sum()) for s in (False, True)] for g in range(3)]
+    assert counts(levers.mixed(tmp_path, 0)) == [[9, 6], [15, 0], [15, 0]]     # 44 images, 15 a group; Asian 4 + 5 + 6
+    assert counts(levers.mixed(tmp_path, 0, share=1, target="max")) == [[4, 16], [20, 0], [20, 0]]
+    first = np.arange(90) == np.flatnonzero(made["race"] == 0)[-1]
+    monkeypatch.setattr(levers, "read_dice", lambda out: first.astype(float))
+    drawn = levers.mixed(tmp_path, 0, odds=lambda dice: np.where(dice == 1, 1e9, 1e-9))
+    assert f"{made['name'][first][0]}@0" in drawn["name"]
+    united = levers.mixed(tmp_path, 0, mixes=5)
+    assert len(united["name"]) == 5 * 45 == len(set(united["name"]))
+    assert len({n.split("@")[0] for n in united["name"][united["synthetic"]]}) > 6
+
+
+def test_a_chart_of_nine_rows_has_nine_kinds_of_marks():
+    """No two of the nine segmenters of METHODS=all look alike."""
+    series = {str(i): ([0, 1], [i, i + 1], None) for i in range(9)}
+    tree = xml.etree.ElementTree.fromstring(fairdiff.chart("t", "x", "y", series))
+    groups = [e for e in tree.iter() if e.tag.endswith("}g")]
+    look = {(g.get("fill"), [p.get("d") for p in g if p.get("transform")][0]) for g in groups}
+    assert len(groups) == len(look) == 9
