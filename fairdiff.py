@@ -1186,7 +1186,8 @@ def mix(args):
     if not 0 <= args.share <= 1:
         raise InputError(f"--share {args.share}: expected a number from 0 to 1")
     mixed = equal_scale(real, synthetic, args.attribute, target, args.seed, args.n_real, args.share)
-    print(f"before\n{count_table(join_sets(real, synthetic), args.attribute)}\n"
+    both = {k: np.concatenate([real[k], synthetic[k]]) for k in (args.attribute, "synthetic")}
+    print(f"before\n{count_table(both, args.attribute)}\n"
           f"after\n{count_table(mixed, args.attribute)}")
     save_set(args.out, mixed)
     made_first = np.argsort(~mixed["synthetic"], kind="stable")
