@@ -437,15 +437,26 @@ def export_fairseg(data, folder, race_codes="012"):
 # ------------------------------------------------------------------------------------------------------------
 # Equal Scale (Section 2.4, Eq. 6)
 
-def equal_scale(real, synthetic, attribute, target=None, seed=0, n_real=None, share=1.0):
+def take_again(data, index):
+    """`take`, but a row that comes again is called NAME+1, NAME+2, ..."""
+    order, part = np.argsort(index, kind="stable"), take(data, index)
+    turn = np.empty(len(index), int)                                    # how often it was there before
+    turn[order] = np.arange(len(index)) - np.searchsorted(index[order], index[order])
+    again = np.char.add(part["name"], np.array([f"+{k}" for k in turn], str))
+    return part | {"name": np.where(turn, again, part["name"])}
+
+
+def equal_scale(real, synthetic, attribute, target=None, seed=0, n_real=None, share=1.0, mixes=1):
     """Top up every group of one attribute to the same size: D = U_g (D*_g,real + D*_g,synthetic), Eq. 6.
 
     real, synthetic: dataset dicts of one image size; target: images a group, None round(N_real / G) which
     keeps the size of the set, "max" the largest group; n_real: first draw that many real images in natural
     proportion; share: of what is missing, how much is synthetic, in [0, 1]; the rest repeats the group's real
-    images in turn, their names followed by +1, +2, ... Returns a dataset dict in random order. Images of
-    unknown group are left out, with share 1 (Eq. 6) nothing is repeated. InputError where the synthetic
-    images do not suffice, naming group, need, have and the command.
+    images in turn; mixes: so many such sets are drawn and united, as if each epoch had its own: more of the
+    synthetic images are used, and of the real ones in groups that are cut. Returns a dataset dict in random
+    order; repeated images are called NAME+1, NAME+2, ... Images of unknown group are left out, with one mix
+    and share 1 (Eq. 6) nothing is repeated. InputError where the synthetic images do not suffice, naming
+    group, need, have and the command.
     """
     rng = np.random.default_rng(seed)
     code, names = group_codes(real, attribute)
@@ -463,8 +474,8 @@ def equal_scale(real, synthetic, attribute, target=None, seed=0, n_real=None, sh
     elif target == "max":
         target = max(count.values())
     synthetic_code = group_codes(synthetic, attribute)[0]
-    keep_real, keep_synthetic, turn = [], [], []
-    for g in groups:
+    keep_real, keep_synthetic = [], []
+    for g in groups * mixes:
         own, drawn = pool[code[pool] == g], np.flatnonzero(synthetic_code == g)
         missing = max(0, target - len(own))
         need = round(share * missing) if len(own) else missing          # nobody to repeat
@@ -472,11 +483,9 @@ def equal_scale(real, synthetic, attribute, target=None, seed=0, n_real=None, sh
             raise InputError(f"group {names[g]}: {need} synthetic images needed, {len(drawn)} there: "
                              f"draw them with `python pointdiff.py sample --group {names[g]} --n {need}`")
         keep_real.append(np.resize(rng.permutation(own), min(target, len(own)) + missing - need))
-        turn.append(np.arange(len(keep_real[-1])) // max(1, len(own)))  # how often an image was there before
         keep_synthetic.append(rng.permutation(drawn)[:need])            # D*_g,synthetic: what is missing
-    real, turn = take(real, np.concatenate(keep_real)), np.concatenate(turn)
-    real["name"] = np.where(turn, np.char.add(real["name"], [f"+{k}" for k in turn]), real["name"])
-    mixed = join_sets(real, take(synthetic, np.concatenate(keep_synthetic)))                 # Eq. 6
+    mixed = join_sets(take_again(real, np.concatenate(keep_real)),
+                      take_again(synthetic, np.concatenate(keep_synthetic)))                 # Eq. 6
     return take(mixed, rng.permutation(len(mixed["name"])))
 
 
@@ -1185,10 +1194,11 @@ def mix(args):
         target = int(target)
     if not 0 <= args.share <= 1:
         raise InputError(f"--share {args.share}: expected a number from 0 to 1")
-    mixed = equal_scale(real, synthetic, args.attribute, target, args.seed, args.n_real, args.share)
+    mixed = equal_scale(real, synthetic, args.attribute, target, args.seed, args.n_real, args.share,
+                        args.mixes)
     both = {k: np.concatenate([real[k], synthetic[k]]) for k in (args.attribute, "synthetic")}
     print(f"before\n{count_table(both, args.attribute)}\n"
-          f"after\n{count_table(mixed, args.attribute)}")
+          f"after{f', {args.mixes} mixes' if args.mixes > 1 else ''}\n{count_table(mixed, args.attribute)}")
     save_set(args.out, mixed)
     made_first = np.argsort(~mixed["synthetic"], kind="stable")
     sample_sheet(f"{args.out}.png", take(mixed, made_first), args.attribute)
@@ -1231,6 +1241,7 @@ def main(argv=None):
     p.add_argument("--target", help="images a group; max: the largest group (default: real images / groups)")
     p.add_argument("--n-real", type=int, help="first draw this many real images in natural proportion")
     p.add_argument("--share", type=float, default=1, help="of what is missing, how much is synthetic")
+    p.add_argument("--mixes", type=int, default=1, help="draw so many sets and unite them, an epoch each")
     p.add_argument("--out", default="mixed.npz", help="the mixed dataset")
     p.add_argument("--seed", type=int, default=0, help="draws who is kept")
     p.set_defaults(run=mix)

@@ -47,8 +47,9 @@ if [ -z "$SCALE" ]; then SCALE=cpu why="no working CUDA device"; fi
 # One dial. size: pixels a side; train, test: phantom patients; then optimizer steps and batch of the point
 # model, the base, the ControlNet and every TransUNet; draw: sampler steps; *_flags: what else a stage is told.
 # share: how much of what a group lacks is synthetic, the rest repeats its real images (1: the paper's Eq. 6).
+# mixes: equal-scale sets drawn one after another, one an epoch at cpu scale, so that no real image is cut for good.
 # each: a point model for every group, as in the paper; default: the rows of the table.
-points_flags="" draw_flags="" base_flags="" seg_flags="" share=0.5 each="" default="plain oversample equal oracle"
+points_flags="" draw_flags="" base_flags="" seg_flags="" share=0.5 mixes=5 each="" default="plain oversample equal oracle"
 case $SCALE in
   smoke) size=32 train=96 test=60                       # every stage; the clouds may be --rough
          points=200 points_batch=16 base=20 control=20 image_batch=8 seg=20 seg_batch=8 draw_points=20 draw_images=4
@@ -61,7 +62,7 @@ case $SCALE in
          draw_points=100 draw_images=50 points_flags="--points 512" seg_flags="--optimizer sgd" ;;
   paper) size=224 train=8000 test=2000 each=yes default=$rows     # 3.1: 2 M steps of 48 at 1e-4; 300 epochs of 8,000
          points=2000000 points_batch=48 base=50000 control=100000 image_batch=48 seg=50000 seg_batch=48
-         draw_points=100 draw_images=50 points_flags="--points 512 --lr 1e-4" seg_flags="--base --optimizer sgd" share=1 ;;
+         draw_points=100 draw_images=50 points_flags="--points 512 --lr 1e-4" seg_flags="--base --optimizer sgd" share=1 mixes=1 ;;
   *) die "SCALE=$SCALE: expected smoke, cpu, gpu or paper" ;;
 esac
 METHODS=${METHODS:-$default}
@@ -143,7 +144,7 @@ stage base controlnet.py train-base "$real" $group --steps $base $base_flags $im
 stage control controlnet.py train-control "$real" "$OUT/base.pt" --reader "$SHARED/plain.pt" --steps $control $images --out "$OUT/control.pt"
 stage synthetic controlnet.py sample "$OUT/control.pt" "$OUT/masks.npz" --steps $draw_images $seed --out "$OUT/synthetic.npz"
 # 4. Equal Scale (Section 2.4).
-stage mix fairdiff.py mix "$real" "$OUT/synthetic.npz" $group --share $share $seed --out "$OUT/mixed.npz"
+stage mix fairdiff.py mix "$real" "$OUT/synthetic.npz" $group --share $share --mixes $mixes $seed --out "$OUT/mixed.npz"
 # 5. TransUNet, every row for the same number of steps (Section 3), and a judge of another width and seed that
 #    only reports. Eq. 2 is not solved jointly: theta is fitted last, on what phi and psi have drawn.
 predictions=()

@@ -33,6 +33,7 @@ import fairness  # noqa: E402
 import transunet  # noqa: E402
 
 NATURAL = 92                                            # images of the rare group in 1,000
+MIXES = 5                                               # as in train.sh at SCALE=cpu
 MAIN, OTHERS = ("plain", "oversample", "equal", "oracle"), ("adv", "groupdro", "fairseg", "synthetic-only")
 LINKS = ("real masks, rendered", "drawn masks, rendered", "real masks, painted", "drawn masks, painted")
 FIGURES = {"worst group": -3, "ES-Dice": -5}            # places in fairness._numbers
@@ -62,7 +63,7 @@ def topped_up(out, link, share, seed):
         top_up = fairdiff.load_set(painted)
     else:
         top_up = fairdiff.load_set(out / "synthetic.npz")
-    return fairdiff.equal_scale(real, top_up, "race", seed=seed, share=share)
+    return fairdiff.equal_scale(real, top_up, "race", seed=seed, share=share, mixes=MIXES)
 
 
 def segmenter(out, link, share, seed):

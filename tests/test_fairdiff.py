@@ -131,6 +131,21 @@ def test_equal_scale_with_a_share_repeats_the_real_ones(two_sets):
         assert (none["image"][a][0] == real["image"][b][0]).all()
 
 
+def test_several_mixes_use_what_one_leaves_out(two_sets):
+    """Five sets united: five times as many of each, the first of them as alone, and nearly all of the 20 White and of the 15
+    synthetic Asian images, of which one set uses 10 and 6 (each is missed with odds of 2^-5 and 0.6^5)."""
+    real, synthetic = two_sets
+    five = fairdiff.equal_scale(real, synthetic, "race", mixes=5)
+    assert counts(five) == [(20, 30), (30, 20), (50, 0)] and len(set(five["name"])) == 150
+    origin = np.array([n.split("+")[0] for n in five["name"]])
+    assert len(set(origin[five["race"] == 2])) > 15 and len(set(origin[(five["race"] == 0) & five["synthetic"]])) > 9
+    assert all(n.split("+")[1].isdecimal() for n in five["name"] if "+" in n)
+    for name in five["name"][:50]:
+        source = synthetic if name.startswith("True") else real
+        a, b = five["name"] == name, source["name"] == name.split("+")[0]
+        assert (five["image"][a][0] == source["image"][b][0]).all() and five["race"][a][0] == source["race"][b][0]
+
+
 def test_equal_scale_says_what_is_missing(two_sets):
     """Too few synthetic images: group, need, have and the command are named."""
     real, synthetic = two_sets
