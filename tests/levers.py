@@ -1,8 +1,8 @@
 """Which changes of Equal Scale's training set, or of all training, are worth keeping?  python tests/levers.py
 
 Runs on cells of tests/study.py that are complete (--out): each lever trains TransUNets as the cell's rows were trained,
-with one thing changed, and is compared with the row that it changes. One lever of one seed appends its rows to
-tests/levers.csv and is skipped once it is there.
+with one thing changed, and is compared with the row that it changes. "one mix" is Equal Scale with --mixes 1. One lever
+of one seed appends its rows to tests/levers.csv and is skipped once it is there.
 
     python tests/levers.py --seeds 0 1 --rare 30
     python tests/levers.py --table
@@ -35,29 +35,15 @@ def read_dice(out):
 
 
 def mixed(out, seed, share=0.5, target=None, odds=None, mixes=1, made="synthetic.npz"):
-    """Equal Scale of the cell. odds(Dice) of a generated image to be among those used; mixes: as many, united.
-
-    A united set shows more generated images, and more real ones of the groups that a single mix cuts.
-    """
+    """Equal Scale of the cell. odds(Dice): of a generated image to be among those used, instead of equal ones."""
     real, made = fairdiff.load_set(out / "data/train.npz"), fairdiff.load_set(out / made)
-    sets = []
-    for k in range(mixes):
-        order = np.random.default_rng([seed, k]).permutation(len(made["name"]))
-        if odds:                                        # Efraimidis and Spirakis, 2006: without replacement
-            wait = np.random.default_rng([seed, k]).exponential(size=len(order)) / odds(read_dice(out))
-            order = np.argsort(wait)
+    if odds:                                            # Efraimidis and Spirakis, 2006: without replacement
         code, names = fairdiff.group_codes(made, "race")
         have = np.bincount(fairdiff.group_codes(real, "race")[0], minlength=len(names))
-        each = have.max() if target == "max" else target or round(have.sum() / len(names))
-        used = [order[code[order] == g][:round(share * max(0, each - have[g]))] for g in range(len(names))]
-        one = fairdiff.equal_scale(real, fairdiff.take(made, np.concatenate(used)), "race", target, seed=seed + k,
-                                   share=share)
-        one["name"] = np.char.add(one["name"], f"@{k}")
-        sets.append(one)
-    whole = sets[0]
-    for one in sets[1:]:
-        whole = fairdiff.join_sets(whole, one)
-    return whole
+        order = np.argsort(np.random.default_rng(seed).exponential(size=len(code)) / odds(read_dice(out)))
+        need = [round(share * max(0, round(have.sum() / len(names)) - n)) for n in have]
+        made = fairdiff.take(made, np.concatenate([order[code[order] == g][:n] for g, n in enumerate(need)]))
+    return fairdiff.equal_scale(real, made, "race", target, seed, share=share, mixes=mixes)
 
 
 def longer_control(out, seed):
@@ -73,18 +59,19 @@ def longer_control(out, seed):
 
 
 SETS = {                                                # row that is changed, what is changed: the set
-    "equal, share 0.25": lambda out, seed: mixed(out, seed, share=0.25),
-    "equal, share 0.75": lambda out, seed: mixed(out, seed, share=0.75),
-    "equal, half as many again a group": lambda out, seed: mixed(out, seed, target=500),
-    "equal, as many a group as the largest has": lambda out, seed: mixed(out, seed, share=0.42, target="max"),
-    "equal, five mixes united": lambda out, seed: mixed(out, seed, mixes=5),
-    "equal, share 1, five mixes united": lambda out, seed: mixed(out, seed, share=1, mixes=5),
-    "equal, images that are read badly": lambda out, seed: mixed(out, seed, odds=lambda dice: 1 - dice + 1e-3),
-    "equal, images that are read well": lambda out, seed: mixed(out, seed, odds=lambda dice: np.exp(20 * dice)),
-    "equal, ControlNet trained twice as long": longer_control,
+    "one mix": mixed,
+    "one mix, five united": lambda out, seed: mixed(out, seed, mixes=5),
+    "one mix, share 1, five united": lambda out, seed: mixed(out, seed, share=1, mixes=5),
+    "one mix, share 0.25": lambda out, seed: mixed(out, seed, share=0.25),
+    "one mix, share 0.75": lambda out, seed: mixed(out, seed, share=0.75),
+    "one mix, half as many again a group": lambda out, seed: mixed(out, seed, target=500),
+    "one mix, as many a group as the largest has": lambda out, seed: mixed(out, seed, share=0.42, target="max"),
+    "one mix, images that are read badly": lambda out, seed: mixed(out, seed, odds=lambda dice: 1 - dice + 1e-3),
+    "one mix, images that are read well": lambda out, seed: mixed(out, seed, odds=lambda dice: np.exp(20 * dice)),
+    "one mix, ControlNet trained twice as long": longer_control,
     "plain, intensity": lambda out, seed: fairdiff.load_set(out / "data/train.npz"),
     "oversample, intensity": lambda out, seed: fairdiff.load_set(out / "data/train.npz"),
-    "equal, intensity": mixed,
+    "one mix, intensity": mixed,
     "oracle, intensity": lambda out, seed: fairdiff.load_set(out / "oracle/train.npz"),
 }
 
@@ -124,7 +111,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="cells of the study")
     parser.add_argument("--rare", type=int, default=30, help="cells of the study")
     parser.add_argument("--trainings", type=int, default=2, help="TransUNets a lever and seed; the rows have three")
-    parser.add_argument("--levers", nargs="+", choices=SETS, default=list(SETS), metavar="LEVER")
+    parser.add_argument("--levers", nargs="+", choices=SETS, default=list(SETS)[1:], metavar="LEVER")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("study"), help="folder of the study's cells")
     parser.add_argument("--csv", type=pathlib.Path, default=root / "tests/levers.csv", help="rows are appended here")
     parser.add_argument("--table", action="store_true", help="run nothing")
@@ -136,7 +123,9 @@ def main():
     for seed in args.seeds if not args.table else ():
         out = args.out / f"seed{seed}-rare{args.rare}"
         truth = fairdiff.load_set(out / "data/test.npz")
-        rows = {m: [out / f"pred/{m if k == 0 else f'{m}-{seed + 10 * k}'}.npz" for k in range(3)] for m in study.MAIN}
+        rows = {m: [p for k in range(3) if (p := out / f"pred/{m if k == 0 else f'{m}-{seed + 10 * k}'}.npz").exists()]
+                for m in study.MAIN}
+        rows["one mix"] = [train(out, "one mix", seed, seed + 10 * k) for k in range(len(rows["plain"]))]
         for lever in args.levers:
             if any((x["seed"], x["rare"], x["row"]) == (str(seed), str(args.rare), lever) for x in lines()):
                 continue
@@ -155,7 +144,7 @@ def table(lines, rare):
     """Print a Markdown table of all levers: mean over the seeds and half of its 95 % interval."""
     lines = [x for x in lines if int(x["rare"]) == rare]
     print("| row, change | worst group | more than the row unchanged | ES-Dice, more |\n|---|---|---|---|")
-    for lever in SETS:
+    for lever in list(SETS)[1:]:
         cells = []
         for figure in study.FIGURES:
             every = [x for x in lines if x["figure"] == figure and x["row"].split(",")[0] == lever.split(",")[0]

@@ -159,10 +159,11 @@ def pooled(lines, row, rare, figure, name):
 
 def tables(lines):
     """Print one Markdown table a figure and number of rare images."""
+    lines = sorted(lines, key=lambda x: int(x["seed"]))
     for figure in FIGURES:
         for rare in sorted({int(x["rare"]) for x in lines}):
             rows = list(dict.fromkeys(x["row"] for x in lines if int(x["rare"]) == rare))
-            seeds = sorted({x["seed"] for x in lines if int(x["rare"]) == rare})
+            seeds = list(dict.fromkeys(x["seed"] for x in lines if int(x["rare"]) == rare))
             rows.sort(key=lambda r: pooled(lines, r, rare, figure, "value")[0])
             print(f"\n{figure}, {rare} images of the rare group, seeds {', '.join(seeds)}\n\n"
                   "| row (trainings a seed) | Dice | gain | share closed | seeds | more than oversampling |\n" + "|---" * 6 + "|")
