@@ -82,8 +82,9 @@ def segmenter(out, link, share, seed):
 def measure(truth, predictions, than="oversample"):
     """Rows of the CSV from {row: paths of the predictions of its trainings}.
 
-    A row's numbers are its value, gain over plain, share closed and how much more it has than the row `than`. Their standard deviation
-    compares the k-th training of each row with the k-th of the others; it is empty where a row has one training.
+    A row's numbers are its value, gain over plain, share closed and how much more it has than the row `than`. Their
+    standard deviation compares the k-th training of each row with the k-th of the others; it is empty where a row has
+    one training. That of the share, a ratio, is linearised: a distance of one training alone can be near 0.
     """
     def score(path):
         mask = fairdiff.load_set(path)["mask"]
@@ -106,8 +107,10 @@ def measure(truth, predictions, than="oversample"):
         over_images = {row: np.r_[v[place], draws[:, place]] for row, (v, draws) in resampled.items()}
         over_trainings = {row: v[:, place] for row, v in single.items()}
         for row in predictions:
-            cells = []
-            for x, each in zip(compared(over_images, row), compared(over_trainings, row), strict=True):
+            cells, images, trainings = [], compared(over_images, row), list(compared(over_trainings, row))
+            gain, distance = trainings[1], compared(over_trainings, "oracle")[1][:len(trainings[1])]
+            trainings[2] = (gain - images[2][0] * distance) / distance.mean()
+            for x, each in zip(images, trainings, strict=True):
                 cells += [f"{v:.5f}" for v in (x[0], *np.quantile(x[1:], (0.025, 0.975)))]
                 cells.append(f"{np.std(each, ddof=1):.5f}" if len(each) > 1 else "")
             rows.append([row, len(predictions[row]), figure, *cells])
@@ -145,8 +148,16 @@ def pooled(lines, row, rare, figure, name):
     The first interval is over test images and, where a seed has several trainings, over these as well: for these data
     and generators. The second (Student's t over the seeds) is for others as well; seeds are independent.
     """
+    def find(row, name):
+        return {x["seed"]: float(x[name]) for x in lines if (x["row"], int(x["rare"]), x["figure"]) == (row, rare, figure)}
+
     mine = [x for x in lines if (x["row"], int(x["rare"]), x["figure"]) == (row, rare, figure)]
-    value = np.array([float(x[name]) for x in mine])
+    value = each = np.array([float(x[name]) for x in mine])
+    if name == "share":                                 # of the mean distance, which no seed can bring near 0
+        distance = np.array([find("oracle", "gain")[x["seed"]] for x in mine])
+        gain = np.array([float(x["gain"]) for x in mine])
+        value = gain.sum() / distance.sum()
+        value = value + (gain - value * distance) / distance.mean()     # linearised, of this mean
     half = np.array([(float(x[f"{name}_hi"]) - float(x[f"{name}_lo"])) / 2 for x in mine])
     half = np.sqrt((half ** 2).sum()) / len(mine)
     n = np.array([int(x["trainings"]) for x in mine])
@@ -154,7 +165,7 @@ def pooled(lines, row, rare, figure, name):
         variance = sum(float(x[f"{name}_sd"] or 0) ** 2 * (int(x["trainings"]) - 1) for x in mine) / (n - 1).sum()
         half = np.hypot(half, stats.t.ppf(0.975, (n - 1).sum()) * np.sqrt(variance * (1 / n).sum()) / len(mine))
     across = stats.t.ppf(0.975, len(value) - 1) * value.std(ddof=1) / len(value) ** 0.5 if len(value) > 1 else np.nan
-    return value.mean(), half, across, value
+    return value.mean(), half, across, each
 
 
 def tables(lines):

@@ -42,8 +42,20 @@ def test_pooled_interval(lines):
     """Two independent sets of equal width: the mean's interval is narrower by the root of two."""
     (one,) = (x for x in lines if (x["row"], x["figure"], x["seed"]) == ("equal", "ES-Dice", 1))
     value, half, across, each = study.pooled(lines, "equal", 10, "ES-Dice", "share")
-    assert value == pytest.approx(float(one["share"])) and len(each) == 2 and across == 0      # the seeds are one
+    assert value == pytest.approx(float(one["share"]), abs=1e-4) and len(each) == 2      # both seeds are the same
+    assert across == pytest.approx(0, abs=1e-9)
     assert half == pytest.approx((float(one["share_hi"]) - float(one["share_lo"])) / 2 / np.sqrt(2))
+
+
+def test_share_is_of_the_mean_distance(lines):
+    """Gains 0.1 of 0.1 and 0.1 of 0.3 are 0.2 of 0.4: half, where the mean of the shares would be two thirds."""
+    lines = [x | {"gain": {"oracle": (0.1, 0.3), "equal": (0.1, 0.1)}[x["row"]][x["seed"]],
+                  "share": {"oracle": (1, 1), "equal": (1, 1 / 3)}[x["row"]][x["seed"]]}
+             for x in lines if x["row"] in ("oracle", "equal")]
+    value, _, across, each = study.pooled(lines, "equal", 10, "ES-Dice", "share")
+    # Residuals 0.1 - 0.05 and 0.1 - 0.15, over the mean distance 0.2: +- 0.25; t with 1 degree of freedom is 12.706.
+    assert value == pytest.approx(0.5) and across == pytest.approx(12.706 * 0.25 * 2 ** 0.5 / 2 ** 0.5, rel=1e-3)
+    assert each.tolist() == pytest.approx([1, 1 / 3])
 
 
 def test_trainings_by_hand(phantom, tmp_path):
