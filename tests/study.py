@@ -169,7 +169,7 @@ def pooled(lines, row, rare, figure, name):
 
 
 def tables(lines):
-    """Print one Markdown table a figure and number of rare images."""
+    """Print one Markdown table a figure and number of rare images; in brackets intervals over seeds."""
     lines = sorted(lines, key=lambda x: int(x["seed"]))
     for figure in FIGURES:
         for rare in sorted({int(x["rare"]) for x in lines}):
@@ -183,8 +183,8 @@ def tables(lines):
                 (value, *_), (gain, a, *_), (share, b, d, each), (more, c, e, _) = cells
                 n = next(x["trainings"] for x in lines if (x["row"], int(x["rare"])) == (row, rare))
                 print(f"| {row} ({n}) | {value:.4f} | " + ("– | – | – |" if row == "plain" else
-                      f"{gain:.3f} ± {a:.3f} | {share:.0%} ± {b:.0%} ({d:.0%}) | {', '.join(f'{x:.0%}' for x in each)} |")
-                      + (f" {more:+.4f} ± {c:.4f} ({e:.4f}) |" if row not in ("plain", "oversample") else " – |"))
+                      f"{gain:.3f} ± {a:.3f} | {share:.0%} ± {b:.0%}{f' ({d:.0%})' * int(d == d)} | {', '.join(f'{x:.0%}' for x in each)} |")
+                      + (f" {more:+.4f} ± {c:.4f}{f' ({e:.4f})' * int(e == e)} |" if row not in ("plain", "oversample") else " – |"))
 
 
 def chart(lines, path):

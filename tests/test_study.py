@@ -122,3 +122,13 @@ def test_a_chart_of_nine_rows_has_nine_kinds_of_marks():
     groups = [e for e in tree.iter() if e.tag.endswith("}g")]
     look = {(g.get("fill"), [p.get("d") for p in g if p.get("transform")][0]) for g in groups}
     assert len(groups) == len(look) == 9
+
+
+@pytest.mark.parametrize("module, file, show", [(study, "study.csv", study.tables), (levers, "levers.csv", lambda x: levers.table(x, 30))])
+def test_the_results_that_are_kept_can_be_printed(module, file, show, capsys):
+    """tests/*.csv have today's columns, and the README's bold row is among what is printed of them."""
+    lines = list(csv.DictReader((study.root / "tests" / file).open()))
+    assert list(lines[0]) == study.COLUMNS
+    show(lines)
+    printed = capsys.readouterr().out
+    assert "five united | 0.86" in printed if module is levers else "worst group, 92 images" in printed and "nan" not in printed
