@@ -136,7 +136,8 @@ def test_ctrl_c_is_one_line_that_says_how_to_continue(work):
         os.killpg(process.pid, signal.SIGINT)
         lines = spoken(process.communicate(timeout=60)[1])
         assert process.returncode in (130, -2), moment
-        assert lines == [f"{command[1].name}: interrupted; the same command again continues"], moment
+        what = "continues" + " a training" * (command[1].suffix == ".py")
+        assert lines == [f"{command[1].name}: interrupted; the same command again {what}"], moment
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
