@@ -47,7 +47,7 @@ if [ -z "$SCALE" ]; then SCALE=cpu why="no working CUDA device"; fi
 # One dial. size: pixels a side; train, test: phantom patients; then optimizer steps and batch of the point
 # model, the base, the ControlNet and every TransUNet; draw: sampler steps; *_flags: what else a stage is told.
 # share: how much of what a group lacks is synthetic, the rest repeats its real images (1: the paper's Eq. 6).
-# mixes: equal-scale sets drawn one after another, one an epoch at cpu scale, so that no real image is cut for good.
+# mixes: equal-scale sets that are drawn and united, as many as epochs at cpu scale, so that no real image is cut for good.
 # each: a point model for every group, as in the paper; default: the rows of the table.
 points_flags="" draw_flags="" base_flags="" seg_flags="" share=0.5 mixes=5 each="" default="plain oversample equal oracle"
 case $SCALE in
