@@ -1241,7 +1241,7 @@ def main(argv=None):
     p.add_argument("--target", help="images a group; max: the largest group (default: real images / groups)")
     p.add_argument("--n-real", type=int, help="first draw this many real images in natural proportion")
     p.add_argument("--share", type=float, default=1, help="of what is missing, how much is synthetic")
-    p.add_argument("--mixes", type=int, default=1, help="draw so many sets and unite them, an epoch each")
+    p.add_argument("--mixes", type=int, default=1, help="draw so many such sets and unite them")
     p.add_argument("--out", default="mixed.npz", help="the mixed dataset")
     p.add_argument("--seed", type=int, default=0, help="draws who is kept")
     p.set_defaults(run=mix)

@@ -1,11 +1,13 @@
 """Tests import the five files from the repository's root and share one small phantom."""
 import pathlib
+import signal
 import sys
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell's background ignores it, and so would all children
 
 
 @pytest.fixture(scope="session")
