@@ -1,1255 +1,882 @@
-"""FairDiff, the two ends of the pipeline: data in, Equal Scale, report out (Sections 2.1, 2.4, 3.1).
+"""The two ends of FairDiff: data in, Equal Scale and the report out (Sections 2.1, 2.4 and 3.1).
 
-    python fairdiff.py phantom --out data --train 1000 --test 2000 --size 64  # a stand-in for Harvard-FairSeg
-    python fairdiff.py fairseg FOLDER --out data --size 224               # the real thing, one .npz a patient
-    python fairdiff.py mix data/train.npz synthetic.npz --attribute race --out mixed.npz              # Eq. 6
+    python fairdiff.py phantom --out data --train 1000 --test 2000 --size 64     a stand-in for patients
+    python fairdiff.py fairseg FOLDER --out data --size 224                      Harvard-FairSeg
+    python fairdiff.py images IMAGES MASKS GROUPS.csv --out data --size 64       your own pictures
+    python fairdiff.py mix data/train.npz synthetic.npz --attribute race --out mixed.npz        Eq. 6
 
-The phantom is a caricature for teaching and testing and no medical evidence. Its race groups differ in
-anatomy and in appearance, all other attributes have no effect. One core draws 250 to 450 images of 64 px a
-second.
-
-The second half of the file is the common ground of the other four: the dataset file, the checkpoint, EMA, the
-device, the preview sheet and the one-line error. Nothing here imports another file of the project.
+The file begins with the method, Equal Scale, and the dataset file that everything here is about. The phantom
+is a caricature for teaching and testing, no medical evidence; one core draws 250 images of 64 px a second.
+The end of the file is what the trainings share: device, checkpoint, EMA, pictures and the command line.
 """
 import argparse
-import atexit
 import base64
-import collections
 import contextlib
+import copy
 import csv
-import glob
 import html
 import math
 import os
 import pathlib
 import re
-import signal
 import sys
 import time
-import warnings
-import zipfile
 import zlib
-from importlib import metadata
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 from scipy import ndimage
 from tqdm import tqdm
 
-INTERRUPTED = "interrupted; the same command again continues a training"
-WORLD = int(os.environ.get("WORLD_SIZE", 1))                            # processes, and which one this is:
-RANK = int(os.environ["RANK"]) if WORLD > 1 else 0                      # torchrun sets both
+class InputError(Exception):
+    """Bad input: one line that says what was found, what was expected and what to do. Exit code 2."""
 
 
-def _one_line(kind, error, trace):
-    """A Ctrl-C before a command has begun, as while torch is loaded, is no traceback either."""
-    if not issubclass(kind, KeyboardInterrupt):
-        return sys.__excepthook__(kind, error, trace)
-    print(f"{pathlib.Path(sys.argv[0]).name}: {INTERRUPTED}", file=sys.stderr)
-
-
-def _interrupt(*_):
-    """Ctrl-C. Raised inside a callback it would be lost, so again two seconds later, until it is heard."""
-    signal.alarm(2)
-    raise KeyboardInterrupt
-
-
-sys.excepthook = _one_line
-warnings.filterwarnings("ignore", "Mean of empty slice")                # the NaN in the result says it
-# N images, H W pixels, G groups. torch takes two seconds to import, so only the functions that need it do.
-
-# ------------------------------------------------------------------------------------------------------------
-# Attributes: the codes of Harvard-FairSeg (Section 3.1), in the order in which the paper prints them
-
-ATTRIBUTES = {
-    "race": ("Asian", "Black", "White"),
-    "gender": ("Female", "Male"),
-    "ethnicity": ("Non-Hispanic", "Hispanic"),
-    "language": ("English", "Spanish", "Others"),
-    "maritalstatus": ("Married or Partnered", "Single", "Divorced", "Widowed", "Legally Separated"),
-}
-ATTRIBUTE_NAMES = (*ATTRIBUTES, "age")
-
-
-def group_codes(data, attribute):
-    """Group of every image under one sensitive attribute.
-
-    data: dataset dict; attribute: a key of ATTRIBUTES or "age".
-    Returns codes int8 (N,), -1 unknown, and the tuple of group names. As in FairSeg, age is split at 60 years
-    (60 counts as ">=60") and marital status into married or not. ValueError for another attribute.
-    """
-    if attribute == "age":
-        age = data["age"]
-        return np.where(np.isnan(age), -1, age >= 60).astype(np.int8), ("<60", ">=60")
-    if attribute not in ATTRIBUTES:
-        raise ValueError(f"attribute {attribute!r} is none of {', '.join(ATTRIBUTE_NAMES)}")
-    code = data[attribute].astype(np.int8)
-    if attribute == "maritalstatus":
-        return np.where(code < 0, -1, code > 0).astype(np.int8), ("Married", "Not married")
-    return code, ATTRIBUTES[attribute]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Data: the phantom
-
-# How often each code occurs, about as in Harvard-FairSeg; the missing share is unknown (-1).
-MARGINALS = {
-    "race": (0.092, 0.148, 0.760),
-    "gender": (0.585, 0.415),
-    "ethnicity": (0.94, 0.04),
-    "language": (0.924, 0.015, 0.010),
-    "maritalstatus": (0.58, 0.27, 0.07, 0.05, 0.01),
-}
-
-# What race shifts in the phantom. Lengths in image widths, grey values in [0, 1].
-#              Asian  Black  White
-PHANTOM = {
-    "radius": (0.200, 0.215, 0.200),        # mean radius of the disc
-    "cdr": (0.54, 0.60, 0.54),              # cup-to-disc ratio
-    "aspect": (1.18, 1.05, 1.08),           # height over width of the disc
-    "tilt": (0.35, 0.10, 0.00),             # its axis against the vertical, radians
-    "pigment": (0.45, 0.26, 0.38),          # grey of the fundus beside the disc
-    "rim": (0.18, 0.17, 0.18),              # the rim against the fundus
-    "cup": (-0.16, 0.14, 0.18),             # the cup against the rim: in the rare group it is *darker*
-    "blot": (0.19, -0.18, -0.16),           # a blot in the rim: what the cup is in the other groups
-    "blur": (0.014, 0.013, 0.013),          # standard deviation of the edges
-    "vessel": (0.55, 0.40, 0.48),           # share of the light that a vessel takes away
-}
-
-
-def _group_look(race, shift):
-    """Phantom parameters of one group; shift 0, or an unknown group, gives the mean patient's."""
-    mean = {k: float(np.dot(MARGINALS["race"], v)) for k, v in PHANTOM.items()}
-    return mean if race < 0 else {k: mean[k] + shift * (v[race] - mean[k]) for k, v in PHANTOM.items()}
-
-
-def _phantom_mask(rng, size, look):
-    """One label map uint8 (size, size): two nested star-shaped outlines, slightly wavy."""
-    c = (np.arange(size, dtype=np.float32) + 0.5) / size                # pixel centres in [0, 1]
-    x, y = np.meshgrid(c, c)
-
-    def inside(cx, cy, radius, aspect, tilt, wave):
-        dx, dy = x - cx, y - cy
-        u = np.cos(tilt) * dx + np.sin(tilt) * dy                       # short axis
-        v = -np.sin(tilt) * dx + np.cos(tilt) * dy                      # long axis
-        theta = np.arctan2(v, u)
-        ripple = 1 + sum(rng.normal(0, wave / k) * np.cos(k * theta + rng.uniform(0, 2 * np.pi))
-                         for k in (2, 3, 4))
-        return np.hypot(u * np.sqrt(aspect), v / np.sqrt(aspect)) / (radius * ripple)      # < 1 inside
-
-    cx, cy = 0.5 + rng.normal(0, 0.035, 2)
-    radius = look["radius"] * np.exp(rng.normal(0, 0.09))
-    aspect = look["aspect"] * np.exp(rng.normal(0, 0.04))
-    tilt = rng.normal(0, 0.15) + rng.choice((-1, 1)) * look["tilt"]
-    disc = inside(cx, cy, radius, aspect, tilt, 0.025)
-    cdr = np.clip(look["cdr"] + rng.normal(0, 0.085), 0.25, 0.82)
-    off = np.clip(rng.normal(0, 0.35, 2), -0.45, 0.45) * (1 - cdr) * radius      # the cup wanders in the disc
-    cup = inside(cx + off[0], cy + off[1], cdr * radius, 1 + 0.6 * (aspect - 1), tilt, 0.04)
-    return ((disc < 1).astype(np.uint8) + ((cup < 1) & (disc < 0.9))).astype(np.uint8)
-
-
-def _vessel_tree(rng, size, cx, cy, radius):
-    """Vessel map in [0, 1] (size, size): four pairs of trunks that leave the disc and branch."""
-    fine = max(2, 256 // size) * size                                  # drawn fine, averaged down: soft edges
-    canvas = Image.new("L", (fine, fine))
-    pen = ImageDraw.Draw(canvas)
-    eye = rng.choice((-1, 1))                                           # left or right: where the macula lies
-    side = np.array([1, 1, 1, 1, -1, -1, -1, -1])                       # temporal and nasal,
-    up = np.array([1, 1, -1, -1, 1, 1, -1, -1])                   # upper and lower, an artery and a vein each
-    lean = np.where(side > 0, rng.normal(0.25, 0.2, 8), rng.normal(0.7, 0.3, 8))
-    heading = np.where(eye * side > 0, up * (np.pi / 2 - lean), np.pi - up * (np.pi / 2 - lean))
-    bend = np.where(side > 0, -up * eye * rng.uniform(0.02, 0.055, 8), rng.normal(0, 0.02, 8))
-    start = np.array([[cx - eye * rng.uniform(0.05, 0.3) * radius, cy + rng.normal(0, 0.15) * radius]] * 8)
-    width = rng.uniform(0.10, 0.17, 8) * radius
-    for forks in (2, 1, 0):                                             # trunks, branches, twigs
-        turns = heading[:, None] + np.cumsum(rng.normal(bend[:, None], 0.09, (len(bend), 22)), 1)
-        steps = 0.035 * np.cumsum(np.stack([np.cos(turns), np.sin(turns)], 2), 1)
-        path = np.concatenate([start[:, None], start[:, None] + steps], 1)
-        for points, w in zip((path * fine).reshape(-1, 46).tolist(), width.tolist(), strict=True):
-            for a in range(0, 44, 12):                                  # vessels thin out along their way
-                pen.line(points[a:a + 14], fill=255, width=max(1, round(w * (1 - a / 80) * fine)))
-        parent = np.repeat(np.arange(len(bend)), forks)
-        at = rng.integers(5, 20, len(parent))
-        start, bend, width = path[parent, at + 1], -0.5 * bend[parent], 0.62 * width[parent]
-        heading = turns[parent, at] + rng.choice((-1, 1), len(parent)) * rng.uniform(0.4, 0.9, len(parent))
-    return np.asarray(canvas.resize((size, size), Image.Resampling.BOX), np.float32) / 255
-
-
-def _cloud(rng, size, cells):
-    """Smooth random field (size, size) with about `cells` bumps a side, unit variance before smoothing."""
-    coarse = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
-    return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
-
-
-def _phantom_image(rng, mask, look):
-    """Grey image uint8 (S, S) that a scanning laser ophthalmoscope might see over one label map (S, S)."""
-    size = len(mask)
-    disc, cup = (mask > 0).astype(np.float32), (mask == 2).astype(np.float32)
-    (cy, cx), (qy, qx) = ((np.array(ndimage.center_of_mass(r)) + 0.5) / size if r.any() else (0.5, 0.5)
-                          for r in (disc, cup))
-    radius = np.sqrt(disc.sum() / np.pi) / size if disc.any() else 0.2
-    # The blot lies in the rim, away from the cup, and looks like the other groups' cups: which of the two is
-    # the cup, only the rest of the image tells.
-    way, far = np.arctan2(cy - qy, cx - qx) + rng.normal(0, 0.7), rng.uniform(0.4, 0.7) * radius
-    x = (np.arange(size) + 0.5) / size
-    blot = np.hypot(x - cx - far * np.cos(way), x[:, None] - cy - far * np.sin(way))
-    blot = ((blot < 0.42 * radius * np.exp(rng.normal(0, 0.15))) & (mask == 1)).astype(np.float32)
-    blur = look["blur"] * np.exp(rng.normal(0, 0.2)) * size
-    reach = int(5 * blur) + 1                                         # a Gaussian is cut off at 4 sigma
-    rows, cols = (np.flatnonzero(disc.any(axis)) if disc.any() else [0] for axis in (1, 0))
-    near = tuple(slice(max(0, at[0] - reach), at[-1] + 1 + reach) for at in (rows, cols))
-    for region, sigma in ((disc, blur), (cup, 1.15 * blur), (blot, blur)):
-        region[near] = ndimage.gaussian_filter(region[near], sigma)
-    c = np.linspace(-1, 1, size, dtype=np.float32)
-    off = rng.normal(0, 0.25, 2)                                        # the light is not centred
-    light = 1.06 - 0.34 * ((c[None] - off[0]) ** 2 + (c[:, None] - off[1]) ** 2) / 2          # and falls off
-    light = light + rng.normal(0, 0.06) * c[None] + rng.normal(0, 0.06) * c[:, None]
-    image = look["pigment"] + rng.normal(0, 0.035)
-    image = image + 0.022 * _cloud(rng, size, 6) + 0.018 * _cloud(rng, size, 20)
-    image += (look["rim"] + rng.normal(0, 0.025)) * disc * (1 + 0.12 * _cloud(rng, size, 5))
-    image += (look["cup"] + rng.normal(0, 0.03)) * cup + (look["blot"] + rng.normal(0, 0.03)) * blot
-    vessels = ndimage.gaussian_filter(_vessel_tree(rng, size, cx, cy, radius), 0.004 * size)
-    image *= 1 - look["vessel"] * vessels * (1 - 0.35 * cup)            # fainter where they dive into the cup
-    grain = ndimage.gaussian_filter(rng.standard_normal((size, size), np.float32), 0.5)
-    image = np.clip(image * light, 0.02, 1) * (1 + 0.13 * grain)   # speckle: noise that scales with the light
-    return np.clip(255 * image, 0, 255).astype(np.uint8)
-
-
-def render_phantom(mask, race, seed, shift=1.0):
-    """The phantom's images over given masks.
-
-    mask: uint8 (N, S, S) square, labels 0, 1, 2; race: int (N,), -1 to 2; shift: 0 makes the groups
-    identical, 1 is the default difference. Returns uint8 (N, S, S). Image i depends on (seed, i), its mask
-    and its group alone.
-    """
-    images = np.empty(mask.shape, np.uint8)
-    for i, (m, r) in enumerate(zip(mask, race, strict=True)):
-        images[i] = _phantom_image(np.random.default_rng((seed, 1, i)), m, _group_look(int(r), shift))
-    return images
-
-
-def make_phantom(n, size, seed, shift=1.0, balance=None, rare=None):
-    """A dataset of n phantom patients, size x size pixels, deterministic from its seed.
-
-    size: 32 to 512; shift: how far the races differ; balance: an attribute whose groups are made equally
-    large (up to one), None keeps MARGINALS; rare: how many of the rarest race stay, the others become of the
-    most frequent one. Returns a dataset dict. Only race has an effect; the rest is the null control.
-    """
-    if not 32 <= size <= 512:
-        raise InputError(f"phantom size {size} px: expected 32 to 512")
-    rng = np.random.default_rng((seed, 2))
-    data = {"age": np.clip(rng.normal(60, 16, n), 18, 95).astype(np.float32)}
-    if balance == "age":                                # mirrored at 60: even rows below, odd ones not
-        data["age"] = np.where(np.arange(n) % 2, np.maximum(data["age"], 120 - data["age"]),
-                               np.minimum(data["age"], np.float32(119.9) - data["age"]))
-    for attribute, share in MARGINALS.items():
-        if attribute == balance:
-            code = rng.permutation(np.arange(n))
-            if attribute == "maritalstatus":                            # its groups are married and not
-                code = np.where(code % 2, 1 + code // 2 % 4, 0)
-            code = code % len(share)
-        else:                                   # quotas, so that a seed changes the patients, not how many
-            code = rng.permutation(np.searchsorted(np.cumsum(share), (np.arange(n) + 0.5) / n))
-            code = np.where(code == len(share), -1, code)
-        data[attribute] = code.astype(np.int8)
-    race = data["race"]
-    if rare is not None:                    # the patients of --rare 10 are among those of --rare 30
-        race[np.flatnonzero(race == 0)[rare:]] = 2
-    data["mask"] = np.empty((n, size, size), np.uint8)
-    for i in range(n):
-        look = _group_look(int(race[i]), shift)
-        data["mask"][i] = _phantom_mask(np.random.default_rng((seed, 0, i)), size, look)
-    data["image"] = render_phantom(data["mask"], race, seed, shift)
-    data["synthetic"] = np.zeros(n, bool)
-    data["name"] = np.array([f"phantom-{seed}-{i:05d}" for i in range(n)])
-    return data
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Data: Harvard-FairSeg files in and out (Section 3.1)
-
-FAIRSEG_KEYS = {                                                        # the names seen in its releases
-    "image": ("slo_fundus", "fundus_slo", "fundus"),
-    "mask": ("disc_cup_mask", "disc_cup", "disc_cup_borders"),
-    "gender": ("gender", "male"),
-    "ethnicity": ("ethnicity", "hispanic"),
-}
-RACE_BOOKS = {"012": {0: 0, 1: 1, 2: 2}, "237": {2: 0, 3: 1, 7: 2}}     # Asian, Black, White
-
-
-def _read_fairseg_file(path, crop, image_out, mask_out, seen):
-    """One patient: fills image_out and mask_out, uint8 (size, size); returns {attribute: number}.
-
-    Counts in `seen` what it took the file for. InputError names the file and the reason.
-    """
-    names = {want: FAIRSEG_KEYS.get(want, (want,)) for want in ("image", "mask", *ATTRIBUTES, "age")}
-    found = read_arrays(path, sum(names.values(), ()))
-    key = {want: next((k for k in names[want] if k in found), None) for want in names}
-    for want in ("image", "mask"):
-        if key[want] is None:
-            raise InputError(f"{path}: no key {' or '.join(names[want])}; found {', '.join(found)}")
-    image, mask = np.squeeze(found[key["image"]]), np.squeeze(found[key["mask"]])
-    if image.ndim == 3:                                                # some releases repeat the grey channel
-        image = image[..., 0] if image.shape[-1] in (3, 4) else image[0]
-    if image.shape != mask.shape or image.ndim != 2 or not image.size:
-        raise InputError(f"{path}: image {image.shape} and mask {mask.shape}; expected one shape (H, W)")
-    if not {image.dtype.kind, mask.dtype.kind} <= set("buif") or not 0 <= image.min() <= image.max() <= 255:
-        raise InputError(f"{path}: image {image.dtype}, mask {mask.dtype}; expected numbers, image 0 to 255")
-    with np.errstate(invalid="ignore"):
-        label = mask.astype(np.int8)
-    low, high = label.min(), label.max()
-    if (label != mask).any() or low < -2 or high > 2 or low < 0 < high:
-        raise InputError(f"{path}: mask labels {np.unique(mask)[:6].tolist()}; expected 0, -1, -2 or 0, 1, 2")
-    row = {}
-    for k in (*ATTRIBUTES, "age"):
-        value = np.ravel(found[key[k]] if key[k] else -1)
-        if value.size != 1 or value.dtype.kind not in "buif" or np.isinf(value[0]):
-            raise InputError(f"{path}: {key[k]} is {value.dtype} {value.shape}; expected one number")
-        row[k] = -1.0 if np.isnan(value[0]) else float(value[0])
-        codes = (0, 1, 2, 3, 7) if k == "race" else range(len(ATTRIBUTES.get(k, ())))
-        if k != "age" and row[k] not in (-1, *codes):
-            raise InputError(f"{path}: {key[k]} is {value[0]}; expected -1, {', '.join(map(str, codes))}")
-    seen.update([("key", key["image"]), ("key", key["mask"]), ("size", "{}x{}".format(*image.shape))])
-    seen.update(("label", v) for v in range(-2, 3) if (label == v).any())
-    if image.dtype != np.uint8:
-        image = (image * (255.0 if image.dtype.kind in "bf" and image.max() <= 1 else 1)).astype(np.uint8)
-    side = min(*image.shape, crop)
-    top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
-    box, size = (left, top, left + side, top + side), mask_out.shape
-    image_out[:] = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR, box=box, reducing_gap=3)
-    mask = Image.fromarray(np.abs(label).view(np.uint8))                # both codes mean 1 rim, 2 cup
-    mask_out[:] = mask.resize(size, Image.Resampling.NEAREST, box=box)                # labels never blend
-    return row
-
-
-def load_fairseg(folder, size, crop=512, race_codes=None, skip_bad=False):
-    """All patients of a folder of Harvard-FairSeg .npz files, in name order, as one dataset dict.
-
-    The largest centred square of at most crop pixels is cut out and resized to size (masks: nearest). Race
-    comes in two books that share the code 2, so the book is decided over the whole folder; so is the unit of
-    age. Prints what the files were taken for. InputError where a file cannot be used (all are listed with the
-    reason; skip_bad: they are left out) or the book cannot be decided.
-    """
-    paths = sorted(pathlib.Path(folder).glob("*.npz"))
-    if not paths:
-        raise InputError(f"{folder}: no .npz files; expected Harvard-FairSeg's data_00001.npz, ...")
-    images, masks = (np.empty((len(paths), size, size), np.uint8) for _ in range(2))
-    names, rows, bad, seen = [], [], [], collections.Counter()
-    for path in tqdm(paths, "fairseg"):
-        try:
-            rows.append(_read_fairseg_file(path, crop, images[len(rows)], masks[len(rows)], seen))
-            names.append(path.stem)
-        except InputError as e:
-            bad.append(str(e))
-    if bad:
-        print(*map(printable, bad), sep="\n")
-        if not skip_bad or not rows:
-            raise InputError(f"{len(bad)} of {len(paths)} files cannot be used, all listed above, such as "
-                             f"{bad[0]}; --skip-bad leaves them out")
-        print(f"{len(bad)} of {len(paths)} files left out")
-    column = {k: np.array([r[k] for r in rows]) for k in rows[0]}
-    race = {int(r) for r in column["race"] if r >= 0}
-    if race_codes is None:
-        race_codes = "237" if race & {3, 7} else "012" if race & {0, 1} or not race else None
-    if race_codes is None:
-        raise InputError(f"{folder}: race is 2 in every file, White in one book and Asian in the other: "
-                         "say --race-codes 012 or --race-codes 237")
-    book = RACE_BOOKS[race_codes]
-    if race - set(book):
-        raise InputError(f"{folder}: race codes {sorted(race)}, expected {list(book)}, -1")
-    column["race"] = np.array([book.get(r, -1) for r in column["race"]])
-    age = np.where(column["age"] > 0, column["age"], np.nan)
-    days = np.nanmedian(np.r_[age, 0]) > 150                            # one release counts days
-    column["age"] = (age / 365.25 if days else age).astype(np.float32)
-    for what, title in (("key", "keys"), ("size", "pixels"), ("label", "mask labels")):
-        print(f"{title}: " + ", ".join(f"{v} ({n} files)" for (k, v), n in sorted(seen.items()) if k == what))
-    print(f"race codes {', '.join(map(str, book))} are {', '.join(ATTRIBUTES['race'])}; "
-          f"age in {'days' if days else 'years'}")
-    column |= {"image": images[:len(rows)], "mask": masks[:len(rows)], "name": np.array(names)}
-    return check_set(column, folder)
-
-
-def _patient(text):
-    """Name of a patient's file from a line of any machine, digits unpadded: 5 and 6 of them mean the same."""
-    stem = text.strip().replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".npz")
-    return re.sub(r"\d+", lambda digits: str(int(digits[0])), stem)
-
-
-def split_fairseg(folder, names, files=None, skip_missing=False):
-    """Row numbers (train, test) of patients called names (N,), both sorted.
-
-    files: [TRAIN.txt, TEST.txt], lines that end in a file name; or [SUMMARY.csv] with a column `train` (1 or
-    0) and one that names the files; None: FOLDER's train.txt and test.txt or its data_summary.csv; without
-    any, the first 80 % in name order. Prints how many patients are in no list. InputError where a listed
-    file is missing (skip_missing: printed) or in both parts, or a part empty.
-    """
-    usual = [("train.txt", "test.txt"), ("data_summary.csv",)]
-    usual = [[pathlib.Path(folder, name) for name in group] for group in usual]
-    files = files or next((group for group in usual if all(f.is_file() for f in group)), [])
-    n, place = len(names), {_patient(name): i for i, name in enumerate(names)}
-    parts = np.split(np.arange(n), [round(0.8 * n)])
-    where = " and ".join(map(str, files)) or f"name order, {len(parts[0])} to train"
-    if files:
-        tables = [pathlib.Path(f).read_text("utf-8-sig", errors="replace").splitlines() for f in files]
-        if len(files) == 1:
-            rows = list(csv.DictReader(tables[0]))
-            part = [{"1": 0, "true": 0, "0": 1, "false": 1}.get(str(r.get("train")).lower()) for r in rows]
-            columns = [c for c in rows[0] if c is not None] if rows else [""]
-            column = max(columns, key=lambda c: sum(_patient(r[c] or "") in place for r in rows))
-            if None in part or not any(_patient(r[column] or "") in place for r in rows):
-                raise InputError(f"{where}: expected a column `train` of 1 and 0 and a column of file names")
-            tables = [[r[column] or "" for r, p in zip(rows, part, strict=True) if p == k] for k in (0, 1)]
-        listed = [{_patient(line) for line in table if line.strip()} for table in tables]
-        missing = sorted(set().union(*listed) - set(place))
-        if both := sorted(listed[0] & listed[1]):
-            raise InputError(f"{where}: {len(both)} patients are in both parts, such as {both[0]}")
-        if missing:
-            line = f"{where}: {len(missing)} listed files are not in {folder}, such as {missing[0]}"
-            if not skip_missing:
-                raise InputError(f"{line}; --skip-bad leaves them out")
-            print(printable(line))
-        parts = [np.sort(np.array([place[p] for p in part if p in place], int)) for part in listed]
-    if not all(map(len, parts)):
-        raise InputError(f"{folder}: {n} patients split by {where} leave {len(parts[0])} to train and "
-                         f"{len(parts[1])} to test; expected one or more")
-    print(f"split by {where}; {n - sum(map(len, parts))} patients in no part")
-    return parts
-
-
-def export_fairseg(data, folder, race_codes="012"):
-    """Write one FairSeg-format .npz a patient: data_00001.npz, ... with masks coded 0, -1 rim, -2 cup.
-
-    Image and mask come under every name that FairSeg's and FairDiff's loaders look for. race_codes "012" is
-    what FairSeg's read, age in years; "237" what FairDiff's do, age in days.
-    """
-    folder = make_folder(folder)
-    code = {v: k for k, v in RACE_BOOKS[race_codes].items()} | {-1: -1}
-    for i in tqdm(range(len(data["image"])), "export"):
-        scalars = {k: np.int64(data[k][i]) for k in ATTRIBUTES}
-        scalars |= {"race": np.int64(code[data["race"][i]]), "pid": np.int64(i + 1), "age": np.float64(
-            -1 if np.isnan(data["age"][i]) else data["age"][i] * (1 if race_codes == "012" else 365.25))}
-        mask = -data["mask"][i].astype(np.int16)
-        with replacing(folder / f"data_{i + 1:05d}.npz") as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, **dict.fromkeys(FAIRSEG_KEYS["image"], data["image"][i]),
-                                **dict.fromkeys(FAIRSEG_KEYS["mask"], mask), **scalars)
-
-
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Equal Scale (Section 2.4, Eq. 6)
 
-def take_again(data, index):
-    """`take`, but a row that comes again is called NAME+1, NAME+2, ..."""
-    order, part = np.argsort(index, kind="stable"), take(data, index)
-    turn = np.empty(len(index), int)                                    # how often it was there before
-    turn[order] = np.arange(len(index)) - np.searchsorted(index[order], index[order])
-    again = np.char.add(part["name"], np.array([f"+{k}" for k in turn], str))
-    return part | {"name": np.where(turn, again, part["name"])}
+def equal_scale(real, synthetic, attribute, target=None, seed=0, n_real=None):
+    """Top up every group to the same size: D = union over g of (D*_g,real + D*_g,synthetic), Eq. 6.
 
-
-def equal_scale(real, synthetic, attribute, target=None, seed=0, n_real=None, share=1.0, mixes=1):
-    """Top up every group of one attribute to the same size: D = U_g (D*_g,real + D*_g,synthetic), Eq. 6.
-
-    real, synthetic: dataset dicts of one image size; target: images a group, None round(N_real / G) which
-    keeps the size of the set, "max" the largest group; n_real: first draw that many real images in natural
-    proportion; share: of what is missing, how much is synthetic, in [0, 1]; the rest repeats the group's real
-    images in turn; mixes: so many such sets are drawn and united, as if each epoch had its own: more of the
-    synthetic images are used, and of the real ones in groups that are cut. Returns a dataset dict in random
-    order; repeated images are called NAME+1, NAME+2, ... Images of unknown group are left out, with one mix
-    and share 1 (Eq. 6) nothing is repeated. InputError where the synthetic images do not suffice, naming
-    group, need, have and the command.
+    real, synthetic: datasets; target: images a group, None: round(N_real / G), "max": the largest group;
+    n_real: first draw so many real images in natural proportion. Larger groups are cut by random choice. No
+    image occurs twice. Returns a dataset in random order. InputError where synthetic images are lacking.
     """
     rng = np.random.default_rng(seed)
     code, names = group_codes(real, attribute)
-    pool = np.flatnonzero(code >= 0)
-    if n_real is not None:
-        if n_real > len(pool):
-            raise InputError(f"--n-real {n_real}: only {len(pool)} real images have a known {attribute}")
-        pool = rng.permutation(pool)[:n_real]
-    groups = [g for g in range(len(names)) if (code == g).any()]        # a group nobody belongs to is none
-    count = {g: int((code[pool] == g).sum()) for g in groups}
-    if not groups:
-        raise InputError(f"no image has a known {attribute}; mix needs at least one group")
+    synthetic_code, _ = group_codes(synthetic, attribute, names)
+    pool = rng.permutation(np.flatnonzero(code >= 0))[:n_real]
+    sizes = np.bincount(code[pool], minlength=len(names))
     if target is None:
-        target = round(len(pool) / len(groups))
+        target = round(len(pool) / len(names))
     elif target == "max":
-        target = max(count.values())
-    synthetic_code = group_codes(synthetic, attribute)[0]
+        target = sizes.max()
     keep_real, keep_synthetic = [], []
-    for g in groups * mixes:
-        own, drawn = pool[code[pool] == g], np.flatnonzero(synthetic_code == g)
-        missing = max(0, target - len(own))
-        need = round(share * missing) if len(own) else missing          # nobody to repeat
-        if need > len(drawn):
-            raise InputError(f"group {names[g]}: {need} synthetic images needed, {len(drawn)} there: "
-                             f"draw them with `python pointdiff.py sample --group {names[g]} --n {need}`")
-        keep_real.append(np.resize(rng.permutation(own), min(target, len(own)) + missing - need))
-        keep_synthetic.append(rng.permutation(drawn)[:need])            # D*_g,synthetic: what is missing
-    mixed = join_sets(take_again(real, np.concatenate(keep_real)),
-                      take_again(synthetic, np.concatenate(keep_synthetic)))                 # Eq. 6
-    return take(mixed, rng.permutation(len(mixed["name"])))
+    for g, name in enumerate(names):
+        need = max(0, target - sizes[g])
+        drawn = rng.permutation(np.flatnonzero(synthetic_code == g))
+        if len(drawn) < need:
+            raise InputError(f"group {name}: {need} synthetic images needed, {len(drawn)} found; generate "
+                             f"more with `python pointdiff.py sample --group '{name}' --n {need}`")
+        keep_real.append(pool[code[pool] == g][:target])                # D*_g,real
+        keep_synthetic.append(drawn[:need])                             # D*_g,synthetic
+    mixed = concatenate(subset(real, np.concatenate(keep_real)),
+                        subset(synthetic, np.concatenate(keep_synthetic)))          # Eq. 6
+    return subset(mixed, rng.permutation(len(mixed["name"])))
 
 
-def count_table(data, attribute):
-    """Lines of text: real and synthetic images per group of one attribute."""
-    code, names = group_codes(data, attribute)
-    rows = [(name, code == g) for g, name in enumerate(names)] + [("unknown", code < 0), ("all", code >= -1)]
-    made = data["synthetic"]
-    return "\n".join(f"  {name:<20} {(who & ~made).sum():>6} real {(who & made).sum():>6} synthetic"
-                     for name, who in rows)
+# -----------------------------------------------------------------------------
+# A dataset: image, mask uint8 (N, H, W), name text (N,), synthetic bool (N,), and group columns, text (N,)
 
+def group_columns(data):
+    """Names of a dataset's group columns: every text array but the names of images and patients."""
+    return [key for key in data if key not in ("image", "mask", "name", "synthetic", "patient")]
 
-# ------------------------------------------------------------------------------------------------------------
-# Common ground: errors, files, datasets
+def group_codes(data, attribute, names=None):
+    """The group of every image: codes int (N,), -1 unknown, and the names that they stand for.
 
-class InputError(Exception):
-    """Bad input; its one line says what was found, what was expected, which command helps. Exit code 2."""
+    names: sorted, or those given. InputError where the column is missing or nobody's group is known.
+    """
+    if attribute not in group_columns(data):
+        raise InputError(f"no group column {attribute!r}; found {', '.join(group_columns(data)) or 'none'}: "
+                         "choose one as --attribute")
+    column = data[attribute].tolist()
+    names = list(names or sorted(set(column) - {""}))
+    if not names:
+        raise InputError(f"group column {attribute!r} is empty; expected a group for some images")
+    return np.array([names.index(name) if name in names else -1 for name in column], int), names
 
+def check_set(data, where):
+    """Fill in what a dataset may lack and check it; InputError names what is wrong in `where`."""
+    for key in ("image", "mask"):
+        array = data.get(key, np.zeros(0))
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape != data["image"].shape:
+            raise InputError(f"{where}: {key} is {array.dtype} {array.shape}; expected image and mask, both "
+                             "uint8 (N, H, W)")
+    n = len(data["image"])
+    if n == 0 or data["mask"].max() > 2:
+        raise InputError(f"{where}: {n} images, labels {np.unique(data['mask'])[:9]}; expected images, and "
+                         "labels 0 background, 1 rim, 2 cup")
+    data = {"name": np.char.zfill(np.arange(n).astype(str), 6), "synthetic": np.zeros(n, bool)} | data
+    for key in data.keys() - {"image", "mask", "synthetic"}:
+        column = np.asarray(data[key])
+        if column.shape != (n,) or column.dtype.kind not in "Uiub":
+            raise InputError(f"{where}: {key} is {column.dtype} {column.shape}; expected text ({n},)")
+        unknown = column.dtype.kind == "i" and column < 0               # codes are read as text
+        data[key] = np.where(unknown, "", column.astype(str))
+    if len(set(data["name"].tolist())) < n:
+        raise InputError(f"{where}: some names occur twice; expected a name of its own for every image")
+    return data
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose own complaints are one line too, and that knows which numbers make no sense anywhere."""
-
-    def error(self, message):
-        raise InputError(f"{message} (see `python {self.prog} --help`)")
-
-    def check(self, args):
-        """InputError, before any work, where a number is not finite, too small or --out cannot be written."""
-        out = pathlib.Path(getattr(args, "out", "."))
-        above = next(folder for folder in out.absolute().parents if folder.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise InputError(f"{out}: cannot be made, {above} is no folder that can be written to")
-        for name, value in vars(args).items():
-            least = 0 if name in ("seed", "train", "test", "rare", "val") else WORLD if name == "batch" else 1
-            for v in value if isinstance(value, list) else [value]:
-                want = None
-                if type(v) is int and not least <= v < 2 ** 31:
-                    want = f"a whole number from {least} to {2 ** 31 - 1}"
-                elif name == "width" and v % 8:
-                    want = "a multiple of 8"
-                elif type(v) is float and not (math.isfinite(v) and (v > 0 or name != "lr")):
-                    want = "a finite number" + ", more than 0" * (name == "lr")
-                if want:
-                    self.error(f"--{name.replace('_', '-')} {v}: expected {want}")
-
-
-def run_command(parser, argv):
-    """Parse argv and call args.run(args). Exit codes: 0 done, 2 bad input, 1 failed, 130 interrupted."""
-    heeds = signal.getsignal(signal.SIGINT) is signal.default_int_handler      # in the background it does not
+def load_set(path):
+    """Read a dataset file and check it, once and for all. InputError where it is missing or malformed."""
     try:
-        if heeds:
-            signal.signal(signal.SIGALRM, _interrupt)
-            signal.signal(signal.SIGINT, _interrupt)
-        args = parser.parse_args(argv)
-        parser.check(args)
-        started = time.perf_counter()
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if RANK else sys.stdout):
-            args.run(args)
-            print(f"{parser.prog} {args.command}: {time.perf_counter() - started:.0f} s")
-        return 0
-    except InputError as e:
-        code, line = 2, str(e)
-    except OSError as e:                                            # no such folder, no permission, disk full
-        code, line = 2, f"{_clean(e.filename or '')}: {_clean(e.strerror or e)}"
-    except FloatingPointError as e:
-        code, line = 1, str(e)
-    except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and not re.search("(out of|allocate|enough) memory", str(e)):
-            raise
-        code, line = 1, f"out of memory: a smaller --batch or --size helps ({_clean(e)})"
-    except KeyboardInterrupt:
-        code, line = 130, INTERRUPTED
-    finally:
-        if heeds:
-            signal.alarm(0)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-    if not RANK or code != 2:                                           # bad input is the same for all
-        print(f"{parser.prog}: {printable(line)}", file=sys.stderr)
-    return code
+        with np.load(path, allow_pickle=False) as file:
+            data = {key: file[key] for key in file.files}
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such dataset; expected a path that an earlier stage wrote") from None
+    except Exception as error:                                          # zip and numpy raise a dozen types
+        raise InputError(f"{path}: not a readable .npz of plain arrays ({error})") from None
+    return check_set(data, path)
 
+def save_set(path, data):
+    """Check a dataset and write it, whole or not at all."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **check_set(data, path))
 
-def printable(text):
-    """Text from outside as one line without escape sequences for a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))
+def subset(data, index):
+    """The rows of a dataset that index, int or bool, selects."""
+    return {key: array[index] for key, array in data.items()}
 
+def concatenate(*sets):
+    """Datasets of one image size as one; a group column that some of them lack is unknown there."""
+    sizes = {data["image"].shape[1:] for data in sets}
+    if len(sizes) > 1:
+        raise InputError(f"images of {sorted(sizes)} pixels; expected one size in all sets")
+    joined = {}
+    for key in dict.fromkeys(key for data in sets for key in data):
+        parts = [data.get(key, np.full(len(data["name"]), "")) for data in sets]
+        joined[key] = np.concatenate(parts)
+    return check_set(joined, "the sets together")
 
-def _clean(text):
-    """Text from outside as one printable line that is not endless."""
-    return printable(" ".join(str(text).split()))[:200]
-
-
-def make_folder(path):
-    """Create a folder with its parents; InputError where that is impossible. Returns a pathlib.Path."""
-    try:
-        pathlib.Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"{path}: cannot make this folder ({e.strerror})") from None
-    return pathlib.Path(path)
-
+def split_rows(data, share, attribute, seed=0):
+    """Row numbers (train, held out): a share of the patients of every group is held out."""
+    patient = data.get("patient", data["name"])
+    patient = np.where(patient == "", data["name"], patient)            # unknown: a patient of its own
+    _, first, number = np.unique(patient, return_index=True, return_inverse=True)
+    group = data[attribute][first]
+    held_out = np.zeros(len(group), bool)
+    for name in np.unique(group):
+        members = np.random.default_rng(seed).permutation(np.flatnonzero(group == name))
+        held_out[members[:round(share * len(members))]] = True
+    return np.flatnonzero(~held_out[number]), np.flatnonzero(held_out[number])
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary path that takes the place of `path` on success and vanishes on failure.
-
-    Of several processes only the first one's file stays.
-    """
+    """A temporary path that takes the place of `path` if the block succeeds, and vanishes if it fails."""
     path = pathlib.Path(path)
-    make_folder(path.parent)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; expected the name of a file")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")      # same folder: rename is atomic there
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")      # same folder: rename is atomic
     try:
         yield temporary
-        if not RANK:
-            os.replace(temporary, path)
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
+# -----------------------------------------------------------------------------
+# The phantom: fundus-like images of three races that differ in anatomy and in appearance
 
-def take(data, index):
-    """The rows of a dataset dict that index (int or bool (N,)) selects, as a new dict."""
-    return {k: v[index] for k, v in data.items()}
+MARGINALS = {                       # about as in Harvard-FairSeg; the share that is missing is unknown
+    "race": {"Asian": 0.092, "Black": 0.148, "White": 0.760},
+    "gender": {"Female": 0.585, "Male": 0.415},
+    "ethnicity": {"Non-Hispanic": 0.94, "Hispanic": 0.04},
+    "language": {"English": 0.924, "Spanish": 0.015, "Others": 0.010},
+    "maritalstatus": {"Married": 0.58, "Not married": 0.40},
+    "age": {"<60": 0.49, ">=60": 0.51},
+}
+PHANTOM = {                         # only race has an effect. Lengths in image widths, grey in [0, 1]
+    #           Asian  Black  White
+    "radius":  (0.200, 0.215, 0.200),       # mean radius of the disc
+    "ratio":   (0.48, 0.61, 0.54),          # cup-to-disc ratio
+    "aspect":  (1.18, 1.05, 1.08),          # height over width of the disc
+    "tilt":    (0.35, 0.10, 0.00),          # of its long axis, radians
+    "fundus":  (0.45, 0.26, 0.38),          # grey of the background
+    "rim":     (0.18, 0.17, 0.18),          # the rim against the background
+    "cup":     (-0.16, 0.14, 0.18),         # the cup against the rim: in the rare group it is darker
+    "vessel":  (0.55, 0.40, 0.48),          # share of the light that a vessel takes away
+}
 
+def phantom_traits(race, shift):
+    """The parameters of one race; with shift 0 those of the mean patient."""
+    shares = MARGINALS["race"]
+    own = list(shares).index(race)
+    traits = {}
+    for key, values in PHANTOM.items():
+        mean = np.dot(list(shares.values()), values)
+        traits[key] = mean + shift * (values[own] - mean)
+    return traits
 
-def join_sets(*sets):
-    """Concatenate dataset dicts of one image size; InputError where sizes differ or a name occurs twice."""
-    shapes = {s["image"].shape[1:] for s in sets if len(s["image"])}
-    if len(shapes) > 1:
-        raise InputError(f"images of {' and '.join(str(s) for s in sorted(shapes))} pixels cannot be one set")
-    sets = [s for s in sets if len(s["image"])] or list(sets[:1])
-    return check_set({k: np.concatenate([s[k] for s in sets]) for k in sets[0]}, "the joined set")
+def inside_ellipse(rng, size, centre, radius, aspect, tilt, wave):
+    """The pixels of a wavy, tilted ellipse, bool (size, size)."""
+    c = (np.arange(size) + 0.5) / size
+    dx, dy = c[None] - centre[0], c[:, None] - centre[1]
+    u = np.cos(tilt) * dx + np.sin(tilt) * dy                           # along the short axis
+    v = np.cos(tilt) * dy - np.sin(tilt) * dx                           # along the long axis
+    angle = np.arctan2(v, u)
+    ripple = 1.0
+    for k in (2, 3, 4):
+        ripple = ripple + rng.normal(0, wave / k) * np.cos(k * angle + rng.uniform(0, 2 * np.pi))
+    return np.hypot(u * np.sqrt(aspect), v / np.sqrt(aspect)) < radius * ripple
 
+def phantom_mask(rng, size, traits):
+    """One mask uint8 (size, size): the disc, and a cup that wanders in it."""
+    centre = 0.5 + rng.normal(0, 0.035, 2)
+    radius = traits["radius"] * np.exp(rng.normal(0, 0.09))
+    aspect = traits["aspect"] * np.exp(rng.normal(0, 0.04))
+    tilt = rng.normal(0, 0.15) + rng.choice((-1, 1)) * traits["tilt"]
+    disc = inside_ellipse(rng, size, centre, radius, aspect, tilt, 0.025)
+    ratio = np.clip(traits["ratio"] + rng.normal(0, 0.085), 0.25, 0.82)
+    centre = centre + np.clip(rng.normal(0, 0.3, 2), -0.4, 0.4) * (1 - ratio) * radius
+    cup = inside_ellipse(rng, size, centre, ratio * radius, 1 + 0.6 * (aspect - 1), tilt, 0.04)
+    return disc.astype(np.uint8) + (cup & ndimage.binary_erosion(disc))
 
-def check_set(data, where):
-    """Complete and validate a dataset dict (the layout is in the README). InputError says what is wrong in
-`where`."""
-    for key in ("image", "mask"):
-        if key not in data:
-            raise InputError(f"{where}: no array {key!r}; found {', '.join(map(_clean, data)) or 'nothing'}")
-        if data[key].ndim != 3 or data[key].dtype != np.uint8 or 0 in data[key].shape[1:]:
-            raise InputError(f"{where}: {key} is {data[key].dtype} {data[key].shape}; "
-                             "expected uint8 (N, H, W)")
-    n = len(data["image"])
-    if data["image"].shape != data["mask"].shape:
-        raise InputError(f"{where}: image {data['image'].shape} but mask {data['mask'].shape}")
-    if n and data["mask"].max() > 2:
-        raise InputError(f"{where}: mask has label {data['mask'].max()}; expected 0 background, 1 rim, 2 cup")
-    full = {"image": data["image"], "mask": data["mask"]}
-    default = {k: (-1, np.int8) for k in ATTRIBUTES}
-    default |= {"age": (np.nan, np.float32), "synthetic": (False, np.bool_)}
-    for key, (value, kind) in default.items():
-        column = data[key] if key in data else np.full(n, value, kind)
-        if column.shape != (n,) or column.dtype.kind not in "biuf":
-            raise InputError(f"{where}: {key} is {column.dtype} {column.shape}; expected numbers ({n},)")
-        if key in ATTRIBUTES and not np.isin(column, range(-1, len(ATTRIBUTES[key]))).all():
-            raise InputError(f"{where}: {key} holds {_clean(np.unique(column)[:8])}; expected -1 to "
-                             f"{len(ATTRIBUTES[key]) - 1} ({', '.join(ATTRIBUTES[key])})")
-        full[key] = column.astype(kind)
-    name = data["name"] if "name" in data else np.array([f"{i:06d}" for i in range(n)], "U6")
-    if name.shape != (n,) or name.dtype.kind != "U" or len(np.unique(name)) != n:
-        raise InputError(f"{where}: name is {name.dtype} {name.shape}; expected {n} unique strings")
-    return full | {"name": name}
+def draw_vessels(rng, size, centre, radius):
+    """Vessels in [0, 1] (size, size): trunks that leave the disc up and down, branches and twigs."""
+    fine = max(2, 256 // size) * size                                   # drawn fine, then averaged
+    canvas = Image.new("L", (fine, fine))
+    pen = ImageDraw.Draw(canvas)
+    up = np.repeat((-1, 1), 4)
+    side = np.tile((-1, -1, 1, 1), 2)                                   # an artery and a vein each
+    heading = up * (np.pi / 2 - side * rng.normal(0.45, 0.3, 8))
+    bend = up * side * rng.normal(-0.02, 0.02, 8)
+    width = rng.uniform(0.10, 0.17, 8) * radius
+    start = np.tile(centre, (8, 1))
+    for forks in (2, 1, 0):                                             # trunks, branches, twigs
+        angle = heading[:, None] + rng.normal(bend[:, None], 0.09, (len(bend), 22)).cumsum(1)
+        steps = 0.035 * np.stack([np.cos(angle), np.sin(angle)], 2)
+        path = start[:, None] + steps.cumsum(1)                         # (vessels, 22, 2)
+        for points, w in zip((path * fine).reshape(-1, 44).tolist(), width, strict=True):
+            for i in (0, 20):                                           # vessels thin out
+                pen.line(points[i:i + 24], fill=255, width=max(1, round(w * (1 - i / 50) * fine)))
+        parent = np.repeat(np.arange(len(bend)), forks)
+        at = rng.integers(5, 20, len(parent))
+        start = path[parent, at]
+        turn = rng.choice((-1, 1), len(parent)) * rng.uniform(0.4, 0.9, len(parent))
+        heading = angle[parent, at] + turn
+        bend = -0.5 * bend[parent]
+        width = 0.62 * width[parent]
+    return np.asarray(canvas.resize((size, size), Image.Resampling.BOX), np.float32) / 255
 
+def random_field(rng, size, cells):
+    """A smooth random field (size, size) with about `cells` bumps a side."""
+    coarse = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
+    return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
 
-def check_archive(path):
-    """Refuse a zip archive (.npz, .pt) that claims more than it holds, before memory is taken for it.
+def phantom_image(rng, mask, traits):
+    """A grey image uint8 (S, S) as a scanning laser ophthalmoscope might see over a mask (S, S)."""
+    size = len(mask)
+    centre = np.full(2, 0.5)
+    if mask.any():
+        centre = (np.array(ndimage.center_of_mass(mask > 0))[::-1] + 0.5) / size
+    radius = np.sqrt((mask > 0).mean() / np.pi)
+    blur = 0.013 * np.exp(rng.normal(0, 0.2)) * size
+    disc = ndimage.gaussian_filter((mask > 0).astype(np.float32), blur)
+    cup = ndimage.gaussian_filter((mask == 2).astype(np.float32), 1.15 * blur)
+    image = traits["fundus"] + rng.normal(0, 0.035)
+    image = image + 0.022 * random_field(rng, size, 6) + 0.018 * random_field(rng, size, 20)
+    image += (traits["rim"] + rng.normal(0, 0.025)) * disc * (1 + 0.12 * random_field(rng, size, 5))
+    image += (traits["cup"] + rng.normal(0, 0.03)) * cup
+    vessels = ndimage.gaussian_filter(draw_vessels(rng, size, centre, radius), 0.004 * size)
+    image *= 1 - traits["vessel"] * vessels * (1 - 0.35 * cup)          # fainter inside the cup
+    c = np.linspace(-1, 1, size, dtype=np.float32)
+    x, y = rng.normal(0, 0.25, 2)                                       # the light is not centred
+    light = 1.06 - 0.17 * ((c[None] - x) ** 2 + (c[:, None] - y) ** 2)
+    speckle = ndimage.gaussian_filter(rng.standard_normal((size, size)), 0.5)
+    image = np.clip(image * light, 0.02, 1) * (1 + 0.13 * speckle)      # speckle scales with the light
+    return np.clip(255 * image, 0, 255).astype(np.uint8)
 
-    FileNotFoundError; ValueError or zipfile.BadZipFile says what is wrong. An array that needs pickle is
-    refused here, too.
+def render_phantom(mask, race, seed, shift=1.0):
+    """The phantom's images uint8 (N, S, S) over masks (N, S, S) of patients of a race, text (N,).
+
+    Image i depends on (seed, i), its mask and its race alone. shift 0: all races look alike.
     """
-    with zipfile.ZipFile(path) as archive:
-        if sum(m.compress_size for m in archive.infolist()) > os.path.getsize(path):
-            raise ValueError("its members claim more bytes than the file has")
-        for m in archive.infolist():                    # deflate packs 1032 bytes into one at the very most
-            if m.file_size > m.compress_size * (1032 if m.compress_type == zipfile.ZIP_DEFLATED else 1):
-                raise ValueError(f"{m.filename} claims {m.file_size} bytes, packed in {m.compress_size}")
-            if m.filename.endswith(".npy"):
-                with archive.open(m) as file:
-                    lib, version = np.lib.format, np.lib.format.read_magic(file)
-                    read = lib.read_array_header_1_0 if version == (1, 0) else lib.read_array_header_2_0
-                    shape, _, dtype = read(file)
-                    rest = m.file_size - file.tell()
-                if dtype.hasobject:
-                    raise ValueError(f"{m.filename} needs pickle, which can run code and is never loaded; if "
-                                     "you trust it: np.savez(NEW, **{k: np.array(v.tolist()) for k, v in "
-                                     "np.load(OLD, allow_pickle=True).items()})")
-                if math.prod(shape) * dtype.itemsize != rest:
-                    raise ValueError(f"{m.filename} claims {dtype} {shape} and holds {rest} bytes")
+    images = np.empty(mask.shape, np.uint8)
+    for i in range(len(mask)):
+        rng = np.random.default_rng((seed, 1, i))
+        images[i] = phantom_image(rng, mask[i], phantom_traits(race[i], shift))
+    return images
 
+def make_phantom(n, size, seed, shift=1.0, balance=None, rare=None):
+    """A dataset of n phantom patients, size x size pixels, the same for the same seed.
 
-def read_arrays(path, wanted=None):
-    """The arrays of a .npz by name, None for those not wanted; FileNotFoundError, InputError if damaged."""
-    try:
-        check_archive(path)
+    shift: how far the races differ; balance: a column whose groups are made equally large; rare: how many
+    of the rarest race stay, the others become of the most frequent one.
+    """
+    rng = np.random.default_rng((seed, 2))
+    data = {"name": np.array([f"phantom-{seed}-{i:05d}" for i in range(n)])}
+    for attribute, shares in MARGINALS.items():
+        code = np.arange(n) % len(shares)
+        if attribute != balance:        # quotas: a seed changes who is in a group, not how many
+            code = np.searchsorted(np.cumsum(list(shares.values())), (np.arange(n) + 0.5) / n)
+        data[attribute] = rng.permutation(np.array([*shares, ""])[code])
+    if rare is not None:                # the patients of --rare 10 are among those of --rare 30
+        data["race"][np.flatnonzero(data["race"] == "Asian")[rare:]] = "White"
+    data["mask"] = np.empty((n, size, size), np.uint8)
+    for i, race in enumerate(data["race"]):
+        rng = np.random.default_rng((seed, 0, i))
+        data["mask"][i] = phantom_mask(rng, size, phantom_traits(race, shift))
+    data["image"] = render_phantom(data["mask"], data["race"], seed, shift)
+    return check_set(data, "the phantom")
+
+# -----------------------------------------------------------------------------
+# Import and export
+
+FAIRSEG_IMAGE = ("slo_fundus", "fundus_slo", "fundus")                  # keys seen in its releases
+FAIRSEG_MASK = ("disc_cup_mask", "disc_cup", "disc_cup_borders", "slo_disc_cup")
+FAIRSEG_GROUPS = {                                                      # names by code, -1 is unknown
+    "race": ("Asian", "Black", "White"),                                # or codes 2, 3, 7 for these
+    "gender": ("Female", "Male"),
+    "ethnicity": ("Non-Hispanic", "Hispanic"),
+    "language": ("English", "Spanish", "Others"),
+    "maritalstatus": ("Married", *["Not married"] * 4),
+}
+
+def to_grey(array):
+    """A picture (H, W), (H, W, 3 or 4) or (1 or 3, H, W) of numbers as grey uint8 (H, W): its luminance."""
+    array = np.squeeze(array)
+    if array.ndim == 3 and array.shape[0] == 3:
+        array = np.moveaxis(array, 0, 2)
+    if array.dtype.kind in "bf" and array.max() <= 1:
+        array = array * 255.0
+    elif array.max() > 255:                                             # 16 bits
+        array = array / 257.0
+    array = array.clip(0, 255).astype(np.uint8)
+    return np.asarray(Image.fromarray(array[..., :3]).convert("L")) if array.ndim == 3 else array
+
+def crop_and_resize(image, mask, crop, size):
+    """Cut a square out of image and mask, uint8 (H, W), and resize both to size x size.
+
+    crop: the side of the largest centred square, or "disc": a square around the disc.
+    """
+    h, w = mask.shape
+    side = min(h, w) if crop == "disc" else min(h, w, int(crop))
+    top, left = (h - side) / 2, (w - side) / 2
+    if crop == "disc" and mask.any():
+        y, x = np.nonzero(mask)
+        side = min(h, w, 2.5 * max(np.ptp(y), np.ptp(x)) + 1)
+        top = np.clip((y.min() + y.max() - side) / 2, 0, h - side)
+        left = np.clip((x.min() + x.max() - side) / 2, 0, w - side)
+    box = (left, top, left + side, top + side)
+    image = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box, reducing_gap=3)
+    mask = Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST, box)
+    return np.asarray(image), np.asarray(mask)
+
+def read_all(args, names, read):
+    """A dataset of what read(name) returns for all names, and whether each mask had a disc before cropping.
+
+    read: image and mask uint8 (H, W), and a dict of the patient's groups.
+    """
+    images, masks, rows, had_disc, bad = [], [], [], [], []
+    for name in tqdm(names, "import"):
+        try:
+            image, mask, groups = read(name)
+        except Exception as error:                                      # damaged files raise a dozen types
+            bad.append(f"{name}: {error}")
+            continue
+        had_disc.append(mask.any())
+        image, mask = crop_and_resize(image, mask, args.crop, args.size)
+        images.append(image)
+        masks.append(mask)
+        rows.append({"name": pathlib.Path(name).stem} | groups)
+    if bad:
+        print("\n".join(bad))
+        if not args.skip_bad or not rows:
+            raise InputError(f"{len(bad)} of {len(names)} files cannot be used, such as {bad[0]}; mend them "
+                             "or leave them out with --skip-bad")
+    data = {key: np.array([row[key] for row in rows]) for key in rows[0]}
+    return data | {"image": np.stack(images), "mask": np.stack(masks)}, np.array(had_disc)
+
+def save_split(args, data, had_disc=True, split=None):
+    """Check, describe and write a set in two parts; without a split a share of the patients is for testing."""
+    data = check_set(data, args.out)
+    sanity_report(data, had_disc)
+    stratum = args.attribute or (group_columns(data) or ["name"])[0]
+    if args.attribute:
+        group_codes(data, args.attribute)
+    train, test = split_rows(data, args.test_share, stratum)
+    if split is not None and (split != "").any():
+        train, test = np.flatnonzero(split == "train"), np.flatnonzero(split == "test")
+    for part, rows in (("train", train), ("test", test)):
+        if not len(rows):
+            raise InputError(f"{args.out}: no image is left to {part}; expected some in both parts")
+        save_set(f"{args.out}/{part}.npz", subset(data, rows))
+        print(f"{args.out}/{part}.npz: {len(rows)} images")
+    print(f"{len(data['name']) - len(train) - len(test)} images in neither part")
+    save_group_grid(f"{args.out}/train.npz.png", subset(data, train), stratum)
+
+def sanity_report(data, had_disc):
+    """Print what is in a set, after cropping, and warn of what looks wrong; had_disc: before, bool (N,)."""
+    mask = data["mask"]
+    border = np.concatenate([mask[:, 0], mask[:, -1], mask[:, :, 0], mask[:, :, -1]], 1)
+    disc = mask.any((1, 2))
+    cut = border.any(1)
+    hole = [(ndimage.binary_fill_holes(m == 2) & (m == 0)).any() for m in mask]
+    print(f"{len(mask)} images, labels {np.unique(mask)}; masks without disc {(~disc).sum()}, without cup "
+          f"{(~(mask == 2).any((1, 2))).sum()}, cut by the border {cut.sum()}")
+    for key in group_columns(data):
+        groups, counts = np.unique(data[key], return_counts=True)
+        print(f"  {key}: " + ", ".join(map("{} {}".format, np.where(groups == "", "?", groups), counts)))
+    for text, found, tolerance in (
+            ("lost their disc in the crop", had_disc & ~disc, 0.01),
+            ("have a disc that the border cuts", cut, 0.01),
+            ("have a cup at the border or around background, see --labels", (border == 2).any(1) | hole, 0),
+            ("are constant", np.ptp(data["image"], axis=(1, 2)) == 0, 0)):
+        if found.sum() > tolerance * len(mask):
+            print(f"warning: {found.sum()} images {text}: {', '.join(data['name'][found][:5])}")
+
+def patient_name(text):
+    """The name in a path, without folder, .npz and padding of numbers: lists write 5 digits or 6."""
+    stem = text.strip().replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".npz")
+    return re.sub(r"\d+", lambda digits: str(int(digits[0])), stem)
+
+def fairseg_split(folder, lists):
+    """"train" or "test" by patient name, from TRAIN.txt and TEST.txt or a SUMMARY.csv with a column train.
+
+    lists: their paths; None: those that lie in the folder, if any.
+    """
+    usual = [folder / "train.txt", folder / "test.txt", folder / "data_summary.csv"]
+    lists = [pathlib.Path(path) for path in lists or [path for path in usual if path.is_file()][:2]]
+    part_of = {}
+    if len(lists) == 2:
+        for path, part in zip(lists, ("train", "test"), strict=True):
+            for patient in {patient_name(line) for line in path.open() if line.strip()}:
+                if part_of.setdefault(patient, part) != part:
+                    raise InputError(f"{path}: {patient} is in both lists; expected it in one")
+    elif lists and lists[0].suffix == ".csv":
+        for row in csv.DictReader(lists[0].open(encoding="utf-8-sig")):
+            part = "train" if row.get("train", "").lower() in ("1", "true") else "test"
+            part_of |= {patient_name(field): part for field in row.values()}
+    elif lists:
+        raise InputError(f"{lists[0]}: a list for one part alone; expected --split TRAIN.txt TEST.txt, or a "
+                         "SUMMARY.csv with a column train")
+    return part_of
+
+def fairseg(args):
+    """Import a folder of Harvard-FairSeg files."""
+    folder = pathlib.Path(args.folder)
+    paths = sorted(path for path in folder.rglob("*.npz") if not path.name.startswith("."))
+    if not paths:
+        raise InputError(f"{folder}: no .npz files; expected Harvard-FairSeg's data_00001.npz, ...")
+    part_of = fairseg_split(folder, args.split)
+    folders = {"Training": "train", "Test": "test"}
+
+    def read(path):
         with np.load(path, allow_pickle=False) as file:
-            return {k: file[k] if wanted is None or k in wanted else None for k in file.files}
-    except FileNotFoundError:
-        raise
-    except Exception as e:                                      # zip, zlib and numpy raise a dozen types
-        raise InputError(f"{path}: not a readable .npz ({e})") from None
+            found = {key: file[key] for key in file.files}
+        image = next((to_grey(found[key]) for key in FAIRSEG_IMAGE if key in found), None)
+        mask = next((np.squeeze(found[key]) for key in FAIRSEG_MASK if key in found), None)
+        if image is None or mask is None or image.shape != mask.shape or np.abs(mask).max() > 2:
+            raise ValueError(f"{', '.join(f'{k} {v.shape}' for k, v in found.items())}; expected slo_fundus and "
+                             "disc_cup_mask of one shape with labels 0, -1, -2")
+        groups = {"split": part_of.get(patient_name(path.name), folders.get(path.parent.name, ""))}
+        for key, names in FAIRSEG_GROUPS.items():
+            alias = {"gender": "male", "ethnicity": "hispanic"}.get(key)
+            code = int(np.ravel(found.get(key, found.get(alias, -1)))[0])
+            groups[key] = names[code] if 0 <= code < len(names) else f"code {code}" * (code > 0)
+        age = float(np.ravel(found.get("age", -1))[0])
+        age = age / 365.25 if age > 150 else age                        # one release counts days
+        groups["age"] = "" if age <= 0 else "<60" if age < 60 else ">=60"
+        return image, np.abs(mask).astype(np.uint8), groups             # -1 rim, -2 cup, or 1 and 2
 
+    data, had_disc = read_all(args, paths, read)
+    if np.isin(data["race"], ("code 3", "code 7")).any():               # the book in which Asian is 2
+        book = {"White": "Asian", "code 3": "Black", "code 7": "White"}
+        data["race"] = np.array([book.get(name, "") for name in data["race"]])
+    save_split(args, data, had_disc, data.pop("split"))
 
-def load_set(path, help="`python fairdiff.py phantom --out FOLDER` makes one"):
-    """Read and validate a dataset file: a dict of arrays. InputError where it is missing or malformed."""
-    try:
-        return check_set(read_arrays(path), path)
-    except FileNotFoundError:
-        raise InputError(f"no dataset {path}: {help}") from None
+def images(args):
+    """Import pictures, masks of the same name, and a table whose first column names the file."""
+    with open(args.groups, newline="", encoding="utf-8-sig") as file:
+        table = {next(iter(row.values())): row for row in csv.DictReader(file)}
+    labels = [int(value) for value in args.labels.split(",")]
+    folders = {}
+    for folder in (args.images, args.masks):
+        folders[folder] = {path.stem: path for path in sorted(pathlib.Path(folder).glob("[!.]*"))}
 
+    def read(name):
+        stem = name if name in folders[args.images] else pathlib.Path(name).stem
+        picture = Image.open(folders[args.images][stem])
+        if picture.mode == "P" or args.channel == "green":
+            picture = picture.convert("RGB")
+        image = np.asarray(picture)[..., 1] if args.channel == "green" else to_grey(np.asarray(picture))
+        mask = Image.open(folders[args.masks][stem])
+        mask = np.asarray(mask.convert("L") if mask.mode.startswith("RGB") else mask).astype(int)
+        if mask.shape != image.shape or not np.isin(mask, labels).all():
+            raise ValueError(f"image {image.shape}, mask {mask.shape} with values {np.unique(mask)[:6]}; "
+                             f"expected one shape and the values {labels}, see --labels")
+        mask = np.select([mask == value for value in labels], range(len(labels)))
+        return image, mask.astype(np.uint8), dict(list(table[name].items())[1:])
 
-def save_set(path, data):
-    """Validate and write one dataset file, whole or not at all."""
-    data = check_set(data, path)
-    if RANK:
-        return
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **data)
+    data, had_disc = read_all(args, list(table), read)
+    print(f"{len(folders[args.images]) - len(data['name'])} pictures are not in {args.groups}")
+    save_split(args, data, had_disc, data.pop("split", None))
 
+def split(args):
+    """Check a dataset of one's own, a file or a folder with train.npz and test.npz, and split it in two."""
+    if not os.path.isdir(args.set):
+        return save_split(args, load_set(args.set))
+    train, test = load_set(f"{args.set}/train.npz"), load_set(f"{args.set}/test.npz")
+    parts = np.repeat(["train", "test"], [len(train["name"]), len(test["name"])])
+    save_split(args, concatenate(train, test), split=parts)
 
-def known_groups(data, attribute):
-    """group_codes of an attribute that somebody in the set must have; InputError otherwise."""
-    code, names = group_codes(data, attribute)
-    if not (code >= 0).any():
-        raise InputError(f"no image has a known {attribute}; choose another --attribute")
-    return code, names
+def export(args):
+    """Write a dataset as Harvard-FairSeg files, or with --png as pictures."""
+    data, folder = load_set(args.set), pathlib.Path(args.folder)
+    for path in (folder / "image", folder / "mask") if args.png else (folder,):
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise InputError(f"{path}: holds files; expected a new or empty folder, or patients would mix")
+    for i in tqdm(range(len(data["name"])), "export"):
+        patient = subset(data, i)
+        if args.png:
+            Image.fromarray(patient["image"]).save(folder / f"image/{i + 1:05d}.png")
+            Image.fromarray(patient["mask"]).save(folder / f"mask/{i + 1:05d}.png")
+            continue
+        arrays = {"age": {"<60": 50, ">=60": 70}.get(str(patient.get("age")), -1)}  # a year of each group
+        for key, names in FAIRSEG_GROUPS.items():
+            arrays[key] = names.index(patient[key]) if patient.get(key) in names else -1
+        arrays |= dict.fromkeys(FAIRSEG_IMAGE, patient["image"])
+        arrays |= dict.fromkeys(FAIRSEG_MASK, -patient["mask"].astype(np.int16))
+        np.savez_compressed(folder / f"data_{i + 1:05d}.npz", **arrays)
+    print(f"{folder}: {len(data['name'])} images")
 
+# -----------------------------------------------------------------------------
+# What the trainings share
 
-def group_number(names, group):
-    """Code of a group given by its name; InputError lists the names there are."""
-    if group not in names:
-        raise InputError(f"no group {group!r}; expected {', '.join(names)}")
-    return names.index(group)
+SAVE_EVERY = 200                                                        # steps between checkpoints
 
+def setup(name):
+    """Choose where to compute; under torchrun join the other processes. Returns the device and their number.
 
-# ------------------------------------------------------------------------------------------------------------
-# Common ground: training
-
-def pick_device(name="auto"):
-    """Choose where to compute, print it with the reason. Returns torch.device and the autocast dtype or None.
-
-    bf16 is used where the hardware multiplies it: CUDA from Ampere on, CPUs with AVX512-BF16. Elsewhere it is
-    emulated and ten times slower than fp32.
+    name: "auto" or any device that torch knows. Only the process of rank 0 prints and saves.
     """
-    import torch
-
-    if not re.fullmatch(r"auto|cpu|cuda(:\d)?", name):
-        raise InputError(f"--device {name}: expected auto, cpu or cuda")
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if name == "auto":
-        name, why = ("cuda", "CUDA works") if torch.cuda.is_available() else ("cpu", "no CUDA device")
-    else:
-        why = "--device"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError("--device cuda: this torch sees no CUDA device; use --device cpu")
-    if name.startswith("cuda"):
-        there, last = torch.cuda.device_count(), int((name + ":0").split(":")[1])
-        if (wanted := int(os.environ["LOCAL_WORLD_SIZE"]) if WORLD > 1 else last + 1) > there:
-            raise InputError(f"{wanted} GPUs wanted, {there} here: lower GPUS or --device")
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True                           # shapes stay: the fastest kernel pays
-        bf16 = torch.cuda.get_device_capability(name)[0] >= 8           # is_bf16_supported counts emulation
-    else:
-        bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    if WORLD > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if name.startswith("cuda") else "gloo")
-        atexit.register(torch.distributed.destroy_process_group)
-    if WORLD > 1 and name.startswith("cuda"):                           # each process has a GPU of its own
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and world > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(name)
-    print(f"device: {name} ({why}), {'bf16 autocast' if bf16 else 'fp32 (no bf16 arithmetic here)'}"
-          + f", {WORLD} processes" * (WORLD > 1))
-    return torch.device(name), torch.bfloat16 if bf16 else None
+    try:
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}; expected one that works") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    elif "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
+        torch.set_num_threads(len(os.sched_getaffinity(0)))             # the cores this process may use
+    if world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if torch.distributed.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
+    return device, world
 
-
-def autocast(device, dtype):
-    """The mixed-precision context of pick_device's choice."""
-    import torch
-
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-
-# More than one process, under torchrun: each draws the same whole batch, times and noise from (seed, step),
-# takes its own rows of them, and DistributedDataParallel averages the gradients. So the result is that of one
-# process, up to rounding, and no sampler is needed.
-
-def parallel(net, device, compiled=False):
-    """The network as a training step calls it: wrapped so that gradients are averaged over the processes, and
-    compiled if asked. It shares its weights with `net`."""
-    import torch
-
-    if WORLD > 1:
-        net = torch.nn.parallel.DistributedDataParallel(net, [device] if device.type == "cuda" else None)
-    return torch.compile(net) if compiled else net
-
-
-def own_rows(n):
-    """This process' rows of a batch of n, as a slice; the parts differ by one row at most."""
-    return slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
-
-
-def own_batches(n, batch):
-    """This process' share of the batches of rows 0 to n, as slices. It leaves all other rows 0; `add_up` then
-    fills them in from the other processes."""
-    return [slice(i, min(n, i + batch)) for i in range(RANK * batch, n, WORLD * batch)]
-
-
-def add_up(array, device):
-    """The sum of an array over the processes: what each has filled in, the rest being 0. Returns it."""
-    import torch
-
-    if WORLD > 1:
-        whole = torch.as_tensor(array, device=device)
-        torch.distributed.all_reduce(whole)
-        array = whole.cpu().numpy()
-    return array
-
-
-def mixed_seed(*numbers):
-    """One seed for torch from several numbers, such as seed and step; a CPU generator uses 32 bits alone.
-
-    Zeros at the end do not count: (5,) and (5, 0) give the same.
-    """
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
+def autocast(device):
+    """Mixed precision with bf16 where the hardware multiplies it; elsewhere it is emulated and slow."""
+    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device)[0] >= 8
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 def fingerprint(*arrays):
-    """32-bit checksum of arrays: tells a checkpoint whether it still sees the data that it was trained on."""
-    crc = 0
-    for a in arrays:
-        crc = zlib.crc32(np.ascontiguousarray(a).view(np.uint8), crc)
-    return crc
+    """A checksum, by which a checkpoint knows the set or the network that it was trained on."""
+    return zlib.crc32(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays))
 
+class Run:
+    """One training: network, the EMA of its weights, optimizer, step and losses, in one checkpoint file.
 
-class EMA:
-    """Exponential moving average of a network's weights and buffers; the copy is what samples and predicts.
-
-    The decay warms up as (1 + step) / (10 + step), so that short trainings do not remember their start.
+    Continues an interrupted training of the same config. Everything random in a step comes from (seed,
+    step), so that on a CPU it ends bit for bit like an unbroken one. InputError if the config differs.
     """
+    def __init__(self, path, config, net, optimizer, decay):
+        self.path, self.config, self.net, self.optimizer, self.decay = path, config, net, optimizer, decay
+        self.ema = copy.deepcopy(net).requires_grad_(False)
+        self.step = 0
+        self.losses = []
+        self.rank = int(os.environ.get("RANK", 0))
+        if not os.path.exists(path):
+            return
+        state = load_checkpoint(path)
+        for key, value in config.items():
+            old = state["config"].get(key)
+            if old != value:
+                raise InputError(f"{path}: made with {key} {old}, now {value}; expected the same, or another --out")
+        net.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        self.step, self.losses = state["step"], state["losses"]
 
-    def __init__(self, net, decay=0.995):
-        self.decay = decay
-        self.state = {k: v.detach().clone() for k, v in net.state_dict().items()}
+    def steps(self):
+        """Yield the steps that are left, each with its own seed; save now and then and at the end."""
+        total = self.config["steps"]
+        bar = tqdm(range(self.step, total), self.config["kind"], total, initial=self.step, disable=self.rank > 0 or None)
+        for step in bar:
+            numbers = np.random.SeedSequence((self.config["seed"], step, self.rank))
+            torch.manual_seed(int(numbers.generate_state(1)[0]))
+            yield step
+            self.step = step + 1
+            if self.step % SAVE_EVERY == 0 or self.step == total:
+                self.save()
 
-    def update(self, net, step):
-        """Move the average towards the network after optimizer step number `step` (from 0)."""
-        import torch
+    def update(self, loss):
+        """Move the EMA towards the weights and log the loss; FloatingPointError where it is not finite.
 
-        keep = min(self.decay, (1 + step) / (10 + step))
-        now = net.state_dict()                                          # detached from the graph
-        moving = [k for k, v in now.items() if v.is_floating_point()]   # all but BatchNorm's counters
-        torch._foreach_lerp_([self.state[k] for k in moving], [now[k] for k in moving], 1 - keep)
+        The decay warms up as (1 + step) / (10 + step), so that a short training forgets its start.
+        """
+        keep = min(self.decay, (1 + self.step) / (10 + self.step))
+        weights = self.net.state_dict()
+        for name, average in self.ema.state_dict().items():
+            if average.is_floating_point():
+                average.lerp_(weights[name], 1 - keep)
+        if self.step % 50 == 49 or self.step + 1 == self.config["steps"]:
+            self.losses.append([self.step + 1, loss.item()])
+            if not all(torch.isfinite(value).all() for value in (loss, *weights.values())):
+                raise FloatingPointError(f"the loss became {loss.item()} by step {self.step + 1}; {self.path} "
+                                         "keeps the last good state: try a smaller --lr")
 
+    def save(self):
+        """Write the checkpoint, whole or not at all."""
+        if self.rank == 0:
+            state = {"config": self.config, "step": self.step, "losses": self.losses,
+                     "model": self.net.state_dict(), "ema": self.ema.state_dict(),
+                     "optimizer": self.optimizer.state_dict()}
+            with replacing(self.path) as temporary:
+                torch.save(state, temporary)
 
-def save_checkpoint(path, **state):
-    """Write one plain dict with torch.save, whole or not at all; of several processes the first writes."""
-    import torch
-
-    if RANK:
-        return
-    with replacing(path) as temporary:
-        try:
-            with open(temporary, "wb") as file:                         # its name would enter the archive
-                torch.save(state, file)
-        except RuntimeError as e:                                       # what torch makes of a full disk
-            raise InputError(f"{path}: cannot be written, is the disk full? ({_clean(e)})") from None
-
-
-def load_checkpoint(path, kind=None, help="train it first"):
-    """Read a checkpoint, running no pickled code. InputError where it is missing, damaged or another kind."""
-    import torch
-
+def load_checkpoint(path, kinds=()):
+    """Read a checkpoint without running pickled code; with kinds, a finished one of these kinds."""
     try:
-        check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"no {path}: {help}") from None
-    except Exception as e:                                         # torch raises a dozen types for a bad file
-        why = _clean(e).split(". ")[0]
-        raise InputError(f"{path}: not a readable checkpoint ({why}): remove it, {help}") from None
-    if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
-        raise InputError(f"{path}: not a checkpoint of this project")
-    if kind and state["config"].get("kind") != kind:
-        raise InputError(f"{path}: holds {_clean(state['config'].get('kind'))!r}; expected {kind!r}: {help}")
-    if isinstance(groups := state["config"].get("groups"), list):       # they get printed
-        state["config"]["groups"] = [_clean(g) for g in groups]
+        config = state["config"]
+    except Exception as error:                                          # torch raises a dozen types
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: {reason}; expected a checkpoint: run its train command") from None
+    if kinds and (config["kind"] not in kinds or state["step"] < config["steps"]):
+        raise InputError(f"{path}: {config['kind']} after {state['step']} of {config['steps']} steps; expected "
+                         f"a finished {' or '.join(kinds)}: run its train command")
     return state
 
+# -----------------------------------------------------------------------------
+# Pictures and report
 
-def check_finished(path, state):
-    """InputError where the training that a checkpoint belongs to has not come to its end."""
-    if state["step"] < (steps := state["config"]["steps"]):
-        raise InputError(f"{path}: {state['step']} of {steps} steps done; run the same train command again")
-
-
-@contextlib.contextmanager
-def fitting(path):
-    """InputError where what a checkpoint holds does not build or fill its network."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-        raise InputError(f"{path}: not a checkpoint of this version ({_clean(e)}): remove it and train again"
-                         ) from None
-
-
-def resume(path, config, net, ema, optimizer):
-    """Continue an interrupted training in place. Returns the step to go on with and the log so far.
-
-    Every draw of a training step comes from (seed, step), so the step is all there is to remember of chance.
-    InputError where the file belongs to another configuration or dataset (it is never overwritten), or where
-    another process is training into it.
-    """
-    import fcntl
-
-    path = pathlib.Path(path)
-    state = load_checkpoint(path) if path.exists() else None
-    old = state["config"] if state else config
-    changed = [f"{k} {_clean(old.get(k))} -> {_clean(config.get(k))}" for k in sorted({*old, *config})
-               if old.get(k) != config.get(k)]
-    if changed:
-        raise InputError(f"{path} is of another run ({'; '.join(changed[:3])}): "
-                         "choose another --out or remove it")
-    if not RANK:
-        ema.lock = open(make_folder(path.parent) / f".{path.name}.lock", "a")  # held as long as the average
-        try:
-            fcntl.flock(ema.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{path}: another run trains it; wait, or choose another --out") from None
-        for left in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.part"):     # by a run killed midway
-            left.unlink()
-    if state is None:
-        return 0, []
-    with fitting(path):
-        net.load_state_dict(state["model"])
-        ema.state = {k: v.to(ema.state[k].device) for k, v in state["ema"].items()}
-        optimizer.load_state_dict(state["optimizer"])
-        print(f"continuing {path} at step {int(state['step'])}")
-        return state["step"], state["log"]
-
-
-def check_finite(path, net, step, log):
-    """FloatingPointError if one of the last losses logged or any weight is not finite. (A bad weight would
-    show in the loss only a step later.)"""
-    bad = [(at, f"the loss became {loss}") for at, loss, *_ in log[-8:] if not np.isfinite(loss)]
-    if not all(v.isfinite().all() for v in net.state_dict().values()):
-        bad.append((step, "weights became infinite"))
-    if bad:
-        raise FloatingPointError(f"{bad[0][1]} by step {bad[0][0]}; {path} keeps the last good state: try a "
-                                 "smaller --lr")
-
-
-def save_training(path, config, net, ema, optimizer, step, log):
-    """Checkpoint a training after `step` steps; nothing is written where `check_finite` raises."""
-    check_finite(path, net, step, log)
-    save_checkpoint(path, config=config, model=net.state_dict(), ema=ema.state,
-                    optimizer=optimizer.state_dict(), step=step, log=log)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Common ground: pictures
-
-OUTLINE = {1: (80, 170, 255), 2: (255, 190, 60)}                        # disc blue, cup orange
-
-
-def outline(image, mask):
-    """RGB picture uint8 (H, W, 3): a grey image (H, W) with its mask's disc and cup outlines drawn on it."""
+def overlay(image, mask):
+    """RGB uint8 (H, W, 3): a grey image (H, W) with the outlines of its disc, blue, and cup, orange."""
     rgb = np.repeat(image[..., None], 3, 2)
-    for label, colour in OUTLINE.items():
-        inside = mask >= label
-        rgb[inside & ~ndimage.binary_erosion(inside)] = colour
+    for label, colour in ((1, (80, 170, 255)), (2, (255, 190, 60))):
+        region = mask >= label
+        rgb[region & ~ndimage.binary_erosion(region)] = colour
     return rgb
 
-
-def save_sheet(path, rows, labels, zoom=2, note=""):
-    """Write a PNG with one labelled row of pictures per entry of rows.
-
-    rows: lists of uint8 (H, W) or (H, W, 3) of one size; labels: text per row; zoom: integer magnification.
-    """
+def save_grid(path, rows, labels, note=""):
+    """Write a PNG with one labelled row of pictures, uint8 (H, W) or (H, W, 3) of one size, per entry."""
     h, w = rows[0][0].shape[:2]
-    h, w, left, top = h * zoom, w * zoom, 90, 16 if note else 0
-    sheet = Image.new("RGB", (left + max(map(len, rows)) * (w + 2), top + len(rows) * (h + 2)), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((4, 1), note, fill="black", font_size=12)
-    for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
-        pen.text((4, top + i * (h + 2) + h // 2 - 7), label, fill="black", font_size=13)
+    zoom = max(1, 128 // h)
+    left = 20 + 8 * max(map(len, labels))
+    size = (left + max(map(len, rows)) * (w * zoom + 2), 20 + len(rows) * (h * zoom + 2))
+    grid = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(grid)
+    pen.text((6, 3), note, "black", font_size=12)
+    for i, row in enumerate(rows):
+        y = 20 + i * (h * zoom + 2)
+        pen.text((6, y + h * zoom // 2 - 8), labels[i], "black", font_size=13)
         for j, picture in enumerate(row):
-            tile = Image.fromarray(picture).convert("RGB").resize((w, h), Image.Resampling.NEAREST)
-            sheet.paste(tile, (left + j * (w + 2), top + i * (h + 2)))
+            tile = Image.fromarray(picture).resize((w * zoom, h * zoom), Image.Resampling.NEAREST)
+            grid.paste(tile, (left + j * (w * zoom + 2), y))
     with replacing(path) as temporary:
-        sheet.save(temporary, "PNG")
-    print(f"picture: {path}")
+        grid.save(temporary, "PNG")
 
+def save_group_grid(path, data, attribute):
+    """Write a PNG of eight images of every group of a set, and below each the same with its outlines."""
+    rows, labels = [], []
+    for name in np.unique(data[attribute])[:12]:
+        part = subset(data, np.flatnonzero(data[attribute] == name)[:8])
+        rows += [list(part["image"]), list(map(overlay, part["image"], part["mask"]))]
+        labels += [name or "unknown", ""]
+    save_grid(path, rows, labels)
 
-# ------------------------------------------------------------------------------------------------------------
-# Report
-
-# A group or a method has one colour and one mark in every chart, legible on white and on black.
 COLOURS = ("#3b82c4", "#d9770a", "#2f9e6e", "#c2508f", "#8b6fd0", "#b0912b", "#5aa9b5", "#888888")
-MARKS = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "M-4-4h8v8h-8z", "M0-5l5 9h-10z", "M0-5l5 5-5 5-5-5z",
-         "M-5-2h10v4h-10z", "M-2-5h4v10h-4z", "M0 5l5-9h-10z", "M-4-4l8 8M4-4l-8 8")
 
+def dice_chart(path):
+    """SVG of results.csv: the mean Dice of every group, a colour each, by method, with 95 % intervals."""
+    with open(path, encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if (row["structure"], row["metric"]) == ("mean", "dice")]
+    last = {(row["method"], row["group"]): row for row in rows}         # of several trainings their mean
+    numbers = ("overall", "es", "sd", "worst", "gap", "eq1", "p")
+    groups = [name for name in dict.fromkeys(row["group"] for row in rows) if name not in numbers]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lowest = min(float(last[m, g]["lo"]) for m in methods for g in groups)
+    bottom = math.floor(20 * lowest) / 20                               # to the next 0.05
 
-def chart(title, x_label, y_label, series, ticks=None, join=True):
-    """One SVG as text: for each series a line, and a mark at every point (of 20 or more: at about ten) with
-    its interval if it has one.
+    def y(value):
+        return 30 + 240 * (1 - float(value)) / (1 - bottom)
 
-    series: {label: (x (n,), y (n,), interval (2, n) or None)}; ticks: {x: text} instead of numbers, and each
-    series beside the others; join=False: no lines. Points that are NaN are left out.
-    """
-    points = {}
-    for i, (label, (x, y, interval)) in enumerate(series.items()):
-        x = np.asarray(x, float) + (0.4 * ((i + 0.5) / len(series) - 0.5) if ticks else 0)
-        table = np.stack([x, y, *(interval if interval is not None else (y, y))])
-        points[label] = table[:, np.isfinite(table).all(0)]
-    everything = np.concatenate(list(points.values()), 1)
-    if not everything.size:
-        return "<p><i>Nothing to draw.</i>"
-    x0, x1 = (min(ticks) - 0.5, max(ticks) + 0.5) if ticks else (0, everything[0].max())
-    y0, y1 = everything[1:].min(), everything[1:].max()
-    power = 10 ** np.floor(np.log10(y1 - y0 or 1))
-    step = power * next(k for k in (0.2, 0.5, 1, 2) if y1 - y0 <= 6 * k * power)              # a round number
-    lines = np.arange(np.floor(y0 / step), np.ceil(y1 / step) + 1) * step
-    y0, y1 = lines[0], max(lines[-1], lines[0] + step)
-
-    def px(x):
-        return f"{60 + 560 * (x - x0) / (x1 - x0):.1f}"
-
-    def py(y):
-        return f"{250 - 210 * (y - y0) / (y1 - y0):.1f}"
-
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {322 + 18 * ((len(series) - 1) // 4)}" '
-           f'role="img" font-family="sans-serif" font-size="13" fill="currentColor">'
-           f'<title>{html.escape(title)}</title><text x="8" y="18">{html.escape(y_label)}</text>'
-           f'<text x="340" y="288" text-anchor="middle">{html.escape(x_label)}</text>']
-    out += [f'<path d="M60 {py(y)}H620" stroke="currentColor" opacity=".25"/><text x="52" y="{py(y)}" dy="4" '
-            f'text-anchor="end">{y:.10g}</text>' for y in lines]
-    out += [f'<text x="{px(x)}" y="268" text-anchor="middle">{html.escape(text)}</text>'
-            for x, text in (ticks or {x: f"{x:.0f}" for x in np.linspace(x0, x1, 5)}).items()]
-    for i, (label, table) in enumerate(points.items()):
-        mark, colour = MARKS[i % 7], COLOURS[i % 8]         # 56 series before two look alike
-        out.append(f'<g fill="{colour}" stroke="{colour}">')
-        if join:
-            out.append('<polyline fill="none" stroke-width="1.5" points="'
-                       + " ".join(f"{px(x)},{py(y)}" for x, y in table[:2].T) + '"/>')
-        for x, y, lo, hi in table.T[::max(1, table.shape[1] // 10)]:
-            out.append(f'<path d="M{px(x)} {py(lo)}V{py(hi)}" stroke-width="2"/>'
-                       f'<path d="{mark}" transform="translate({px(x)} {py(y)})"><title>{html.escape(label)} '
-                       f'{y:.4g} [{lo:.4g}, {hi:.4g}]</title></path>')
-        x, y = 70 + 142 * (i % 4), 306 + 18 * (i // 4)
-        out.append(f'<path d="{mark}" transform="translate({x} {y})"/></g>'
-                   f'<text x="{x + 10}" y="{y + 4}">{html.escape(label)}</text>')
+    width = 80 + 100 * len(methods)
+    out = [f"<svg viewBox='0 0 {width} 330' style='max-width:{width}px' role='img' font-size='13' "
+           "fill='currentColor'><title>mean Dice of each group by method</title>"]
+    for tick in np.arange(bottom, 1.001, 0.05):
+        out.append(f"<path d='M50 {y(tick)}H{width}' stroke='currentColor' opacity='.2'/>"
+                   f"<text x='44' y='{y(tick) + 4}' text-anchor='end'>{tick:.2f}</text>")
+    for i, method in enumerate(methods):
+        x = 100 + 100 * i
+        out.append(f"<text x='{x}' y='290' text-anchor='middle'>{html.escape(method)}</text>")
+        for j, group in enumerate(groups):
+            row, at = last[method, group], x + 60 * ((j + 0.5) / len(groups) - 0.5)
+            out.append(f"<g fill='{COLOURS[j % 8]}' stroke='{COLOURS[j % 8]}' stroke-width='2'><circle cx='{at}' "
+                       f"cy='{y(row['value'])}' r='3'/><path d='M{at} {y(row['lo'])}V{y(row['hi'])}'/></g>")
+    for j, group in enumerate(groups):
+        out.append(f"<text x='{60 + j * (width - 60) // len(groups)}' y='318' fill='{COLOURS[j % 8]}'>"
+                   f"&#9679; {html.escape(group)}</text>")
     return "\n".join([*out, "</svg>"])
 
-
-def group_charts(text):
-    """A chart for each attribute and structure in the text of results.csv: every group's Dice by method."""
-    rows = [r for r in csv.DictReader(text.splitlines()) if r["metric"] == "dice"
-            and r["group"] not in ("overall", "es", "sd", "worst", "gap", "eq1", "p")]
-    pooled = {r["method"] for r in rows if r["seed"] == "mean"}         # of several trainings only their mean
-    rows = [r for r in rows if r["method"] not in pooled or r["seed"] == "mean"]
-    methods = list(dict.fromkeys(r["method"] for r in rows))
-    for key in dict.fromkeys((r["attribute"], r["structure"]) for r in rows):
-        series = {r["group"]: [] for r in rows if (r["attribute"], r["structure"]) == key}
-        for r in rows:
-            if (r["attribute"], r["structure"]) == key:
-                at = methods.index(r["method"]), *(float(r[k]) for k in ("value", "lo", "hi"))
-                series[r["group"]].append(at)
-        series = {g: (v[0], v[1], v[2:]) for g, v in ((g, np.transpose(v)) for g, v in series.items())}
-        yield chart(f"Dice of the {key[1]} by group of {key[0]} and method", "method",
-                    f"Dice of the {key[1]}, by {key[0]}; 95 % interval over images", series,
-                    dict(enumerate(methods)), join=False)
-
-
-def loss_charts(out):
-    """Two charts of the losses that the checkpoints in a folder have logged; of a row trained
-    several times (equal.pt, equal-1.pt) the first alone."""
-    diffusion, segmenters = {}, {}
-    for path in sorted(p for p in out.glob("*.pt") if not (out / f"{p.stem.rpartition('-')[0]}.pt").exists()):
-        state = load_checkpoint(path)
-        kind = segmenters if state["config"].get("kind") == "transunet" else diffusion
-        kind[path.stem] = *np.array([row[:2] for row in state["log"]]).reshape(-1, 2).T, None
-    for words, series in {"diffusion: squared error": diffusion,
-                          "TransUNet: cross-entropy and Dice": segmenters}.items():
-        if series:
-            yield chart(f"Training loss, {words}", "optimizer step", f"loss of one batch, {words}", series)
-
+SECTIONS = {                            # of the report: titles, then the logs and pictures below them
+    "Result": ("log/table.txt",),
+    "Data": ("log/data.txt", "data/train.npz.png"),
+    "Points to masks (Section 2.2)": ("log/score-masks.txt", "masks.npz.png", "masks.csv.png"),
+    "Masks to images (Section 2.3)": ("base.pt.png", "control.pt.png", "synthetic.npz.png"),
+    "Are the images like real ones? (Table 1)": ("log/score-images.txt", "table1.csv.png"),
+    "Equal Scale (Eq. 6)": ("log/mix.txt", "mixed.npz.png"),
+    "Segmentations": ("plain.pt.png", "equal.pt.png"),
+    "Seconds": ("log/seconds.txt",),
+}
 
 def report(args):
-    """Write OUT/report.html: the pictures, tables and charts of a run, in one file that needs no other."""
+    """Write OUT/report.html: the result, the pictures and the tables of a run in one file."""
     out = pathlib.Path(args.out)
-    if not out.is_dir():
-        raise InputError(f"no folder {out}: `bash train.sh` makes it")
-
-    def text(name):                                                     # what a stage wrote or printed
-        lines = (out / name).read_text(errors="replace").splitlines() if (out / name).is_file() else []
-        return "\n".join(x for x in lines if not x.startswith(("device:", "picture:", "written:")))
-
-    def pre(name):
-        return f"<pre>{html.escape(text(name))}</pre>" if text(name) else ""
-
-    def picture(stem, alt):
-        found = [p for p in sorted(out.rglob("*.png")) if p.name.startswith(f"{stem}.")]
-        words = [html.escape(f"{alt} ({p.relative_to(out)})") for p in found]
-        data = [base64.b64encode(p.read_bytes()).decode() for p in found]
-        return "".join(f"<figure><img alt='{text}' src='data:image/png;base64,{png}'>"
-                       f"<figcaption>{text}</figcaption></figure>"
-                       for png, text in zip(data, words, strict=True))
-
-    seconds = [(int(p.read_text().split()[0]), p.stem) for p in out.rglob("*.done")]
-    sections = {
-        "The data": (pre("log/data.txt"), picture(
-            "data.train", "Training patients of each group; again with disc (blue), cup (orange) outlined")),
-        "Points to masks (Section 2.2)": (
-            pre("log/masks.txt"), pre("log/score.txt"),
-            picture("points", "From noise to boundary points, mask, nearest real ones, cup-to-disc ratios"),
-            picture("masks", "Masks drawn for each group: disc grey, cup white")),
-        "Masks to images (Section 2.3)": (
-            picture("base", "Real images, and below them those of the base, which sees no mask"),
-            picture("control", "Real images, and below them images painted over the same masks"),
-            picture("synthetic", "Images painted over drawn masks, each again with its mask outlined")),
-        "Do the images show their masks?": (pre("log/agree.txt"),),
-        "Table 1: how like real images?": (pre("log/quality.txt"), picture(
-            "table1", "A mask, its image, two other seeds, the nearest training image, twice")),
-        "Equal Scale (Eq. 6), before and after": (
-            pre("log/mix.txt"), picture("mixed", "The mixed set, synthetic images first")),
-        "Tables 2-5: TransUNet by group": (*group_charts(text("results.csv")), pre("log/table.txt")),
-        "Training curves": (*loss_charts(out),),
-        "Seconds a stage": ("<pre>" + "\n".join(f"{s:>7} {n}" for s, n in sorted(seconds, reverse=True))
-                            + f"\n{sum(s for s, _ in seconds):>7} in the stages</pre>" if seconds else "",)}
-    page = ["<!doctype html><html lang=en><meta charset=utf-8><title>FairDiff</title>",
-            "<meta name=viewport content='width=device-width,initial-scale=1'>",
-            "<style>:root{color-scheme:light dark}pre{overflow-x:auto;font-size:13px}",
-            "body{font:16px/1.5 sans-serif;max-width:60em;margin:auto;padding:1em}",
-            "img{max-width:100%;background:#fff}figure{margin:1em 0}figcaption{font-size:14px}",
-            "div{overflow-x:auto}svg{width:100%;min-width:36em;max-width:48em}</style>",
-            "<h1>FairDiff</h1>"]
-    if "fairdiff.py phantom" in text("log/data.txt"):
-        page.append("<p><b>Phantom images: a caricature for teaching and testing, no medical evidence.</b>")
-    versions = ", ".join(f"{p} {metadata.version(p)}" for p in ("torch", "numpy", "scipy", "pillow", "tqdm"))
-    page.append(f"{pre('log/command.txt')}<p>Python {sys.version.split()[0]}, {versions}.")
-    for title, parts in sections.items():
-        page += [f"<h2>{title}</h2><div>", "".join(parts) or "<p><i>This stage has not run.</i>", "</div>"]
+    if not (out / "results.csv").is_file():
+        raise InputError(f"{out}: no results.csv; expected the folder of a finished `bash train.sh`")
+    page = ["<!doctype html><html lang=en><meta charset=utf-8><title>FairDiff</title>"
+            "<meta name=viewport content='width=device-width'><style>:root{color-scheme:light dark}"
+            "body{font:16px/1.5 sans-serif;max-width:60em;margin:auto;padding:1em}pre{overflow-x:auto;"
+            "font-size:13px}img{max-width:100%}</style><h1>FairDiff</h1>", dice_chart(out / "results.csv")]
+    for title, names in SECTIONS.items():
+        page.append(f"<h2>{title}</h2>")
+        for path in [out / name for name in names]:
+            if path.suffix == ".txt" and path.is_file():
+                page.append(f"<pre>{html.escape(path.read_text(errors='replace'))}</pre>")
+            elif path.is_file():
+                code = base64.b64encode(path.read_bytes()).decode()
+                page.append(f"<p><img alt='{path.name}' src='data:image/png;base64,{code}'>")
     with replacing(out / "report.html") as temporary:
         temporary.write_text("\n".join(page), encoding="utf-8")
     print(f"report: {out / 'report.html'}")
 
-
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Command line
 
-def sample_sheet(path, data, attribute="race"):
-    """Eight images of every group, and once more with their outlines."""
-    code, names = group_codes(data, attribute)
-    rows, labels = [], []
-    for g in np.unique(code):
-        show = np.flatnonzero(code == g)[:8]
-        rows += [list(data["image"][show]),
-                 [outline(data["image"][i], data["mask"][i]) for i in show]]
-        labels += [names[g] if g >= 0 else "unknown", ""]
-    save_sheet(path, rows, labels, zoom=max(1, 128 // data["image"].shape[1]))
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors and one method that adds a command."""
+    def error(self, message):
+        raise InputError(f"{message}; see `python {self.prog} --help`")
 
+    def command(self, name, run, text):
+        if self._subparsers is None:
+            self.commands = self.add_subparsers(dest="command", required=True)
+        p = self.commands.add_parser(name, help=text, description=text)
+        p.set_defaults(run=run)
+        return p
+
+def positive(text):
+    """argparse type: a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
+
+def add_training_settings(p, steps, batch, lr):
+    """The settings that all trainings share, with their defaults."""
+    p.add_argument("--steps", type=positive, default=steps, help="optimizer steps")
+    p.add_argument("--batch", type=positive, default=batch, help="items a step")
+    p.add_argument("--lr", type=float, default=lr, help="peak learning rate")
+    p.add_argument("--seed", type=int, default=0, help="draws weights, batches and noise")
+    p.add_argument("--device", default="auto", help="cpu, cuda, mps, ... (auto: cuda if there is one)")
+
+def run_command(parser, argv):
+    """Parse argv and call args.run(args). Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")                            # an ASCII terminal
+    try:
+        args = parser.parse_args(argv)
+        started = time.perf_counter()
+        args.run(args)
+        print(f"{parser.prog} {args.command}: {time.perf_counter() - started:.0f} s")
+        return 0
+    except BrokenPipeError:                                             # `... | head` has read enough
+        sys.stdout = open(os.devnull, "w")
+        return 1
+    except (InputError, OSError) as error:
+        code, line = 2, str(error)
+    except (FloatingPointError, torch.cuda.OutOfMemoryError) as error:
+        code, line = 1, str(error)
+    except KeyboardInterrupt:
+        code, line = 130, "interrupted; the same command continues a training"
+    print(f"{parser.prog}: {line}", file=sys.stderr)
+    return code
 
 def phantom(args):
-    """Write OUT/train.npz and OUT/test.npz of phantom patients."""
-    if not args.train + args.test:
-        raise InputError("--train 0 --test 0: expected one image at least")
-    for split, n in (("train", args.train), ("test", args.test)):
-        if n:                                       # a natural and a balanced set of one seed share nobody
-            seed = 4 * args.seed + (split == "test") + 2 * bool(args.balance)
-            data = make_phantom(n, args.size, seed, args.shift, args.balance,
-                                args.rare if split == "train" else None)
-            save_set(f"{args.out}/{split}.npz", data)
-            print(f"{args.out}/{split}.npz\n{count_table(data, args.balance or 'race')}")
-            sample_sheet(f"{args.out}/data.{split}.png", data)
-
-
-def fairseg(args):
-    """Write OUT/train.npz and OUT/test.npz from a folder of Harvard-FairSeg files."""
-    if args.split and len(args.split) > 2:
-        raise InputError(f"--split {' '.join(args.split)}: expected TRAIN.txt TEST.txt or one SUMMARY.csv")
-    data = load_fairseg(args.folder, args.size, args.crop, args.race_codes, args.skip_bad)
-    parts = split_fairseg(args.folder, data["name"].tolist(), args.split, args.skip_bad)
-    for split, index in zip(("train", "test"), parts, strict=True):
-        part = take(data, index)
-        save_set(f"{args.out}/{split}.npz", part)
-        print(f"{args.out}/{split}.npz: {len(index)} patients")
-        for attribute in ATTRIBUTE_NAMES:
-            code, names = group_codes(part, attribute)
-            counts = zip((*names, "unknown"), np.bincount(code % (len(names) + 1), minlength=len(names) + 1),
-                         strict=True)
-            print(f"  {attribute:<14}" + ", ".join(f"{name} {count}" for name, count in counts))
-        sample_sheet(f"{args.out}/data.{split}.png", part)
-
-
-def export(args):
-    """Write a dataset as FairSeg-format files."""
-    data = load_set(args.set)
-    export_fairseg(data, args.folder, args.race_codes)
-    print(f"{args.folder}: {len(data['name'])} files")
-
+    """Write OUT/train.npz and OUT/test.npz of phantom patients; with --test 0 the first one only."""
+    if args.attribute not in (None, *MARGINALS):
+        raise InputError(f"--attribute {args.attribute}: the phantom has {', '.join(MARGINALS)}")
+    for number, (part, n) in enumerate((("train", args.train), ("test", args.test))):
+        if n:                           # a natural and a balanced set of one seed share nobody
+            seed = 4 * args.seed + number + 2 * bool(args.balance)
+            data = make_phantom(n, args.size, seed, args.shift, args.balance, args.rare if part == "train" else None)
+            save_set(f"{args.out}/{part}.npz", data)
+            save_group_grid(f"{args.out}/{part}.npz.png", data, "race")
+            print(f"{args.out}/{part}.npz")
+            sanity_report(data, False)
 
 def mix(args):
-    """Equal Scale of a real and a synthetic set, with the counts before and after."""
-    real, synthetic = load_set(args.real), load_set(args.synthetic, "`python controlnet.py sample` makes it")
-    target = args.target
-    if target not in (None, "max"):
-        if not target.isdecimal() or not int(target):
-            raise InputError(f"--target {target}: expected a number of images from 1, or max")
-        target = int(target)
-    if not 0 <= args.share <= 1:
-        raise InputError(f"--share {args.share}: expected a number from 0 to 1")
-    mixed = equal_scale(real, synthetic, args.attribute, target, args.seed, args.n_real, args.share,
-                        args.mixes)
-    both = {k: np.concatenate([real[k], synthetic[k]]) for k in (args.attribute, "synthetic")}
-    print(f"before\n{count_table(both, args.attribute)}\n"
-          f"after{f', {args.mixes} mixes' if args.mixes > 1 else ''}\n{count_table(mixed, args.attribute)}")
+    """Write the Equal Scale set of a real set and synthetic ones, and print the counts."""
+    real = load_set(args.real)
+    synthetic = concatenate(*map(load_set, args.synthetic))
+    target = args.target if args.target in (None, "max") else positive(args.target)
+    mixed = equal_scale(real, synthetic, args.attribute, target, args.seed, args.n_real)
     save_set(args.out, mixed)
-    made_first = np.argsort(~mixed["synthetic"], kind="stable")
-    sample_sheet(f"{args.out}.png", take(mixed, made_first), args.attribute)
-
+    order = np.argsort(~mixed["synthetic"], kind="stable")
+    save_group_grid(f"{args.out}.png", subset(mixed, order), args.attribute)
+    for name in group_codes(real, args.attribute)[1]:
+        counts = [((data[args.attribute] == name) & (data["synthetic"] == kind)).sum()
+                  for data, kind in ((real, False), (mixed, False), (mixed, True))]
+        print(f"{name:<16}{counts[0]:>6} real before, {counts[1]:>6} real and {counts[2]:>6} synthetic after")
 
 def main(argv=None):
     """The command line; returns the exit code."""
-    parser = Parser(prog="fairdiff.py", description="data in, Equal Scale, report out")
-    sub = parser.add_subparsers(dest="command", required=True)
-    p = sub.add_parser("phantom", help="draw phantom patients: a caricature, no medical evidence")
-    p.add_argument("--out", default="data", help="folder for train.npz and test.npz")
-    p.add_argument("--train", type=int, default=1000, help="training images")
+    parser = Parser(prog="fairdiff.py", description="Data, Equal Scale and report of FairDiff.")
+    p = parser.command("phantom", phantom, "draw phantom patients: a caricature, no medical evidence")
+    p.add_argument("--train", type=positive, default=1000, help="training images")
     p.add_argument("--test", type=int, default=2000, help="test images")
-    p.add_argument("--size", type=int, default=64, help="pixels a side, 32 to 512")
-    p.add_argument("--shift", type=float, default=1.0, help="how far the races differ; 0 not at all")
-    p.add_argument("--balance", choices=ATTRIBUTE_NAMES, help="make this attribute's groups equally large")
-    p.add_argument("--rare", type=int, help="training images of the rarest race at most (default: 9.2 %%)")
+    p.add_argument("--shift", type=float, default=1.0, help="how far the races differ; 0: not at all")
+    p.add_argument("--balance", choices=MARGINALS, help="make the groups of this column equally large")
+    p.add_argument("--rare", type=int, help="training images of the rarest race (default: 9.2 %%)")
     p.add_argument("--seed", type=int, default=0, help="draws everything")
-    p.set_defaults(run=phantom)
-    p = sub.add_parser("fairseg", help="read Harvard-FairSeg files")
-    p.add_argument("folder", help="folder of one .npz a patient")
-    p.add_argument("--out", default="data", help="folder for train.npz and test.npz")
-    p.add_argument("--size", type=int, default=224, help="pixels a side")
-    p.add_argument("--crop", type=int, default=512, help="largest centred square cut out, pixels")
-    p.add_argument("--race-codes", choices=tuple(RACE_BOOKS), help="which codes mean Asian, Black, White")
-    p.add_argument("--split", nargs="+", help="TRAIN.txt TEST.txt, or a SUMMARY.csv with a column `train` "
-                   "(default: FOLDER's train.txt and test.txt or data_summary.csv, else 8,000 and 2,000)")
-    p.add_argument("--skip-bad", action="store_true", help="leave out, and count, files that cannot be used")
-    p.set_defaults(run=fairseg)
-    p = sub.add_parser("export", help="write FairSeg-format files")
+    sources = [p]
+    p = parser.command("fairseg", fairseg, "import Harvard-FairSeg files")
+    p.add_argument("folder", help="one .npz a patient")
+    p.add_argument("--split", nargs="+", help="TRAIN.txt TEST.txt or SUMMARY.csv (default: those in FOLDER)")
+    sources.append(p)
+    p = parser.command("images", images, "import pictures, masks and a table of groups")
+    p.add_argument("images", help="folder of grey or colour pictures")
+    p.add_argument("masks", help="folder of masks with the same names")
+    p.add_argument("groups", help="CSV: the file's name, then group columns; also patient, split")
+    p.add_argument("--labels", default="0,1,2", help="mask values of background, rim and cup")
+    p.add_argument("--channel", choices=("luminance", "green"), default="luminance", help="of colour pictures")
+    sources.append(p)
+    p = parser.command("split", split, "check and split a dataset of one's own")
+    p.add_argument("set", help="dataset .npz, or a folder with train.npz and test.npz")
+    sources.append(p)
+    for p in sources:
+        p.add_argument("--out", default="data", help="folder for train.npz and test.npz")
+        p.add_argument("--attribute", help="group column that must be there (default: the first)")
+        p.add_argument("--files", help="a checksum of the files, to notice that they have changed")
+        p.add_argument("--size", type=positive, default=64, help="pixels a side")
+        p.add_argument("--crop", default="512", help="side of the centred square, or disc")
+        p.add_argument("--test-share", type=float, default=0.2, help="of the patients, where no split is given")
+        p.add_argument("--skip-bad", action="store_true", help="leave out files that cannot be used")
+    p = parser.command("export", export, "write Harvard-FairSeg files or pictures")
     p.add_argument("set", help="dataset .npz")
-    p.add_argument("folder", help="folder for one .npz a patient")
-    p.add_argument("--race-codes", choices=tuple(RACE_BOOKS), default="012",
-                   help="012 as FairSeg's loaders read, 237 (and age in days) as FairDiff's")
-    p.set_defaults(run=export)
-    p = sub.add_parser("mix", help="Equal Scale, Eq. 6")
+    p.add_argument("folder", help="a new folder")
+    p.add_argument("--png", action="store_true", help="pictures, for other tools")
+    p = parser.command("mix", mix, "Equal Scale, Eq. 6")
     p.add_argument("real", help="dataset .npz of real images")
-    p.add_argument("synthetic", help="dataset .npz of synthetic images")
-    p.add_argument("--attribute", choices=ATTRIBUTE_NAMES, default="race", help="whose groups are made equal")
+    p.add_argument("synthetic", nargs="+", help="datasets .npz of synthetic images")
+    p.add_argument("--attribute", default="race", help="group column")
     p.add_argument("--target", help="images a group; max: the largest group (default: real images / groups)")
-    p.add_argument("--n-real", type=int, help="first draw this many real images in natural proportion")
-    p.add_argument("--share", type=float, default=1, help="of what is missing, how much is synthetic")
-    p.add_argument("--mixes", type=int, default=1, help="draw so many such sets and unite them")
-    p.add_argument("--out", default="mixed.npz", help="the mixed dataset")
+    p.add_argument("--n-real", type=positive, help="first draw so many real images in natural proportion")
     p.add_argument("--seed", type=int, default=0, help="draws who is kept")
-    p.set_defaults(run=mix)
-    p = sub.add_parser("report", help="one page of a run's pictures and tables")
+    p.add_argument("--out", default="mixed.npz", help="the mixed dataset")
+    p = parser.command("report", report, "write one page with everything that a run made")
     p.add_argument("out", help="the folder of the run")
-    p.set_defaults(run=report)
     return run_command(parser, argv)
-
 
 if __name__ == "__main__":
     sys.exit(main())
