@@ -1,72 +1,49 @@
-"""TransUNet (Chen et al. 2021) and the fair training methods it is compared with (Section 3, Tables 2-5).
+"""TransUNet (Chen et al. 2021) and the fair training methods of Section 3, Tables 2-5.
 
     python transunet.py train data/train.npz --method plain --out plain.pt
     python transunet.py predict plain.pt data/test.npz --out plain.npz
 
-A ResNetV2 stem turns the image into features at 1/2, 1/4, 1/8 and 1/16 of its size, a transformer mixes the
-last grid, and a decoder climbs back with one skip connection at each of the three finer sizes.
-TransUNet.base() is the published R50-ViT-B/16 with 105.28 M parameters; the default is the same class with
-smaller numbers, 1.0 M. At 64 px it reaches a Dice of 0.92 on the phantom in about a minute on one core.
+TransUNet.base() is the published R50-ViT-B/16 with 105.28 M parameters; the default is the same
+class with 1.0 M. At 64 px that reaches a Dice of 0.92 on the phantom in a minute on one core.
+B batch, C channels, H W image, L tokens, D their width, K classes, G groups; group -1: unknown.
 """
 import math
+import re
 import sys
+import zlib
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
-from fairdiff import (
-    InputError,
-    Parser,
-    Run,
-    add_training_settings,
-    autocast,
-    fingerprint,
-    group_codes,
-    load_checkpoint,
-    load_set,
-    overlay,
-    run_command,
-    save_grid,
-    save_set,
-    setup,
-    split_rows,
-    subset,
-)
+from fairdiff import (InputError, Parser, Run, add_training_settings, autocast, group_codes,
+                      load_checkpoint, load_set, run_command, save_grid, save_set, setup,
+                      split_rows)
 from fairness import dice, structures
 
-# B batch, C channels, H W image, L tokens of the last grid, D their width, K classes, G groups.
-
-# -----------------------------------------------------------------------------
-# Augmentation
-
+# ---- Augmentation -------------------------------------------------------------------------------
 def augment(image, mask):
-    """Random flips and rotations, the same for image float (B, 1, H, W) and mask long (B, H, W).
-
-    Half of the images turn by a multiple of 90 degrees (180 if not square) and are mirrored, one in four turns
-    by up to 20 degrees, one in four stays, as in TransUNet's published training.
-    """
+    """Flip and rotate image float (B, 1, H, W) and mask long (B, H, W) alike, as published."""
     b, _, h, w = image.shape
     kind = torch.rand(b, device=image.device)
     turns = 4 if h == w else 2
+    # half are mirrored and make quarter turns, a quarter turns by up to 20 degrees, a quarter stays
     quarter = torch.randint(turns, (b,), device=image.device) * (2 * math.pi / turns)
     small = (torch.rand(b, device=image.device) - 0.5) * (40 * math.pi / 180)
     angle = torch.where(kind < 0.5, quarter, torch.where(kind < 0.75, small, 0.0))
     flip = torch.where(kind < 0.5, -1.0, 1.0)
-    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    cos, sin = angle.cos(), angle.sin()
+    zero = torch.zeros_like(angle)
     theta = torch.stack([flip * cos, -sin * h / w, zero, flip * sin * w / h, cos, zero], 1)
     grid = F.affine_grid(theta.view(b, 2, 3), image.shape, align_corners=False)
     image = F.grid_sample(image, grid, padding_mode="border", align_corners=False)
-    mask = F.grid_sample(mask[:, None].float(), grid, mode="nearest", align_corners=False)[:, 0].long()
-    return image, mask
+    mask = F.grid_sample(mask[:, None].float(), grid, mode="nearest", align_corners=False)
+    return image, mask[:, 0].long()
 
-# -----------------------------------------------------------------------------
-# TransUNet
-
+# ---- TransUNet ----------------------------------------------------------------------------------
 class StdConv2d(nn.Conv2d):
-    """Convolution whose filters are standardised to mean 0 and variance 1 first (Qiao et al. 2019)."""
+    """Convolution with filters of mean 0 and variance 1 (Qiao et al. 2019)."""
     def forward(self, x):
         var, mean = torch.var_mean(self.weight, (1, 2, 3), keepdim=True, unbiased=False)
         return self._conv_forward(x, (self.weight - mean) * torch.rsqrt(var + 1e-5), self.bias)
@@ -76,23 +53,24 @@ def group_norm(channels):
     return nn.GroupNorm(math.gcd(32, channels // 2), channels, eps=1e-6)
 
 class Bottleneck(nn.Module):
-    """ResNetV2 unit: 1x1, 3x3 and 1x1 convolutions with a residual connection."""
+    """ResNetV2 unit: 1x1, 3x3 (with stride s) and 1x1 convolutions, and a residual connection."""
     def __init__(self, c_in, c_mid, c_out, stride):
         super().__init__()
         self.conv1 = StdConv2d(c_in, c_mid, 1, bias=False)
         self.conv2 = StdConv2d(c_mid, c_mid, 3, stride, 1, bias=False)
         self.conv3 = StdConv2d(c_mid, c_out, 1, bias=False)
         self.gn1, self.gn2, self.gn3 = map(group_norm, (c_mid, c_mid, c_out))
-        self.project = stride != 1 or c_in != c_out
-        if self.project:
+        if stride != 1 or c_in != c_out:
             self.downsample = StdConv2d(c_in, c_out, 1, stride, bias=False)
-            self.gn_proj = nn.GroupNorm(c_out, c_out)                   # a group a channel, as published
+            self.gn_proj = nn.GroupNorm(c_out, c_out)                   # one channel a group
 
     def forward(self, x):
-        y = F.relu(self.gn1(self.conv1(x)))
-        y = F.relu(self.gn2(self.conv2(y)))
-        y = self.gn3(self.conv3(y))
-        return F.relu(y + (self.gn_proj(self.downsample(x)) if self.project else x))
+        y = F.relu(self.gn1(self.conv1(x)))                             # (B, c_mid, H, W)
+        y = F.relu(self.gn2(self.conv2(y)))                             # (B, c_mid, H/s, W/s)
+        y = self.gn3(self.conv3(y))                                     # (B, c_out, H/s, W/s)
+        if hasattr(self, "downsample"):
+            x = self.gn_proj(self.downsample(x))                        # (B, c_out, H/s, W/s)
+        return F.relu(x + y)
 
 class ResNetV2(nn.Module):
     """The stem: (B, 3, H, W) -> features (B, 16w, H/16, W/16) and skips at 1/8, 1/4 and 1/2."""
@@ -104,19 +82,18 @@ class ResNetV2(nn.Module):
         c_in = width
         for i, n in enumerate(units):
             c_out = 4 * width * 2 ** i
-            stage = [Bottleneck(c_in, c_out // 4, c_out, 2 if i else 1)]
+            stage = [Bottleneck(c_in, c_out // 4, c_out, 1 if i == 0 else 2)]
             stage += [Bottleneck(c_out, c_out // 4, c_out, 1) for _ in range(n - 1)]
             self.blocks.append(nn.Sequential(*stage))
             c_in = c_out
 
     def forward(self, x):
-        h, w = x.shape[-2:]
         half = F.relu(self.gn_root(self.root(x)))                       # (B, w, H/2, W/2)
-        x = F.max_pool2d(half, 3, 2)                                    # (B, w, H/4 - 1, W/4 - 1), as published
+        x = F.max_pool2d(half, 3, 2)                                    # (B, w, H/4 - 1, W/4 - 1)
         quarter = self.blocks[0](x)                                     # (B, 4w, H/4 - 1, W/4 - 1)
         eighth = self.blocks[1](quarter)                                # (B, 8w, H/8, W/8)
-        quarter = F.pad(quarter, (0, w // 4 - x.shape[-1], 0, h // 4 - x.shape[-2]))
-        return self.blocks[2](eighth), (eighth, quarter, half)
+        x = self.blocks[2](eighth)                                      # (B, 16w, H/16, W/16)
+        return x, (eighth, F.pad(quarter, (0, 1, 0, 1)), half)
 
 class Block(nn.Module):
     """Transformer encoder block: pre-norm attention and MLP."""
@@ -133,9 +110,10 @@ class Block(nn.Module):
     def forward(self, x):
         b, n, d = x.shape                                               # (B, L, D)
         y = self.norm1(x)
-        q, k, v = (f(y).view(b, n, self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        layers = (self.q, self.k, self.v)
+        q, k, v = (f(y).view(b, n, self.heads, -1).transpose(1, 2) for f in layers)
         y = F.scaled_dot_product_attention(q, k, v)                     # (B, heads, L, D/heads)
-        x = x + self.out(y.transpose(1, 2).reshape(b, n, d))
+        x = x + self.out(y.transpose(1, 2).reshape(b, n, d))            # (B, L, D)
         y = self.drop(F.gelu(self.fc1(self.norm2(x))))                  # (B, L, mlp)
         return x + self.drop(self.fc2(y))                               # (B, L, D)
 
@@ -153,16 +131,22 @@ class Up(nn.Module):
 
     def forward(self, x, skip=None):
         x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
-        if skip is not None:
-            x = torch.cat([x, skip], 1)
-        return self.conv2(self.conv1(x))
+        if skip is not None:                                            # (B, c_skip, 2H, 2W)
+            x = torch.cat([x, skip], 1)                                 # (B, c_in + c_skip, 2H, 2W)
+        return self.conv2(self.conv1(x))                                # (B, c_out, 2H, 2W)
+
+GOOGLE_NAMES = {                                # regular expressions of our names, in this order
+    r"stem\.blocks\.(\d)\.(\d)": lambda m: f"block{int(m[1]) + 1}/unit{int(m[2]) + 1}",
+    "^stem.": "", "^root": "conv_root", "downsample": "conv_proj", "embed": "embedding",
+    "^blocks.": "Transformer/encoderblock_", r"(norm.?|gn\w+)\.weight": r"\1.scale",
+    "^norm": "Transformer/encoder_norm", "norm1": "LayerNorm_0", "norm2": "LayerNorm_2",
+    "fc1": "MlpBlock_3/Dense_0", "fc2": "MlpBlock_3/Dense_1", "weight": "kernel",
+    r"\.(q|k|v|out)\.": r"/MultiHeadDotProductAttention_1/\1.",
+    "/q": "/query", "/k": "/key", "/v": "/value", r"\.": "/",
+    "position": "Transformer/posembed_input/pos_embedding"}
 
 class TransUNet(nn.Module):
-    """TransUNet: images (B, 1, H, W) in [0, 1], sides divisible by 16, to logits (B, K, H, W).
-
-    units, width: bottlenecks a stage and root channels of the stem; dim, depth, heads, mlp: the transformer;
-    bridge, decoder: channels of the decoder; grid: side of the learned position embedding, resized to fit.
-    """
+    """Images (B, 1, H, W) in [0, 1], sides divisible by 16, to logits (B, K, H, W)."""
     def __init__(self, n_classes=3, units=(1, 1, 1), width=16, dim=128, depth=3, heads=4, mlp=256,
                  decoder=(64, 32, 16, 16), bridge=128, grid=4, dropout=0.0):
         super().__init__()
@@ -175,8 +159,7 @@ class TransUNet(nn.Module):
         self.bridge = conv_bn(dim, bridge)
         skips = (8 * width, 4 * width, width, 0)
         self.ups = nn.ModuleList(map(Up, (bridge, *decoder), skips, decoder))
-        self.subpixels = 2 ** (4 - len(decoder))                        # a side that the head predicts at once
-        self.head = nn.Conv2d(decoder[-1], n_classes * self.subpixels ** 2, 3, padding=1)
+        self.head = nn.Conv2d(decoder[-1], n_classes, 3, padding=1)
 
     @classmethod
     def base(cls, n_classes=3):
@@ -186,12 +169,10 @@ class TransUNet(nn.Module):
 
     def encode(self, x):
         """The transformer's tokens as a grid (B, D, H/16, W/16), and the stem's skips."""
-        x, skips = self.stem(x.repeat(1, 3, 1, 1))                      # the published stem expects colour
+        x, skips = self.stem(x.repeat(1, 3, 1, 1))                      # the stem expects colour
         x = self.embed(x)                                               # (B, D, H/16, W/16)
         b, d, h, w = x.shape
-        position = self.position
-        if position.shape[-2:] != (h, w):
-            position = F.interpolate(position, (h, w), mode="bilinear", align_corners=True)
+        position = F.interpolate(self.position, (h, w), mode="bilinear", align_corners=True)
         x = self.drop((x + position).flatten(2).transpose(1, 2))        # (B, L, D)
         for block in self.blocks:
             x = block(x)                                                # (B, L, D)
@@ -201,106 +182,75 @@ class TransUNet(nn.Module):
         """Features of every decoder stage, the finest (B, C, H, W) last."""
         x = self.bridge(tokens)                                         # (B, bridge, H/16, W/16)
         features = []
-        for up, skip in zip(self.ups, (*skips, None), strict=False):
+        for up, skip in zip(self.ups, (*skips, None), strict=True):
             x = up(x, skip)                                             # 1/8, 1/4, 1/2, then 1
             features.append(x)
         return features
 
     def forward(self, x, with_tokens=False):
-        """Logits; with_tokens: and the mean token (B, D), from which ADV guesses the group."""
+        """Logits (B, K, H, W); with_tokens: and the mean token (B, D). InputError: other sides."""
         if x.shape[-1] % 16 or x.shape[-2] % 16:
-            raise InputError(f"images of {tuple(x.shape[-2:])} pixels; TransUNet needs sides divisible by 16")
-        tokens, skips = self.encode(x)
-        logits = self.head(self.decode(tokens, skips)[-1])
-        logits = F.pixel_shuffle(logits, self.subpixels)                # (B, K, H, W)
+            raise InputError(f"images {tuple(x.shape)}; expected sides divisible by 16")
+        tokens, skips = self.encode(x)                                  # (B, D, H/16, W/16)
+        logits = self.head(self.decode(tokens, skips)[-1])              # (B, K, H, W)
         return (logits, tokens.float().mean((2, 3))) if with_tokens else logits
 
     @torch.no_grad()
     def load_npz(self, path):
-        """Fill stem and transformer from Google's ImageNet-21k file R50+ViT-B_16.npz (weights HWIO).
-
-        The position embedding is resized. Returns the names of parameters that the file does not fill.
-        InputError where it is another file.
-        """
+        """Fill from Google's R50+ViT-B_16.npz; returns the names not filled. InputError: other file."""
         own = dict(self.named_parameters())
         left = [name for name in own if name.startswith(("bridge", "ups", "head"))]
+        key = ""
         try:
-            with np.load(path, allow_pickle=False) as file:
-                for name in own.keys() - set(left):
-                    value = torch.as_tensor(file[npz_key(name)].astype(np.float32))
-                    if name == "position":                              # (1, 1 + L, D) -> (1, D, side, side)
-                        side = math.isqrt(value.shape[1] - 1)
-                        value = value[:, 1:].transpose(1, 2).reshape(1, -1, side, side)
-                        value = F.interpolate(value, own[name].shape[-2:], mode="bilinear", align_corners=True)
-                    elif own[name].ndim == 4:
-                        value = value.permute(3, 2, 0, 1)               # HWIO -> OIHW
-                    elif own[name].ndim == 2:                           # (in, out), one of them split in heads
-                        value = value.reshape(own[name].shape[::-1]).T
-                    own[name].copy_(value.reshape(own[name].shape))
+            file = np.load(path, allow_pickle=False)
+            for name in own.keys() - left:
+                key = name
+                for ours, theirs in GOOGLE_NAMES.items():
+                    key = re.sub(ours, theirs, key)
+                value = torch.as_tensor(file[key].astype(np.float32))
+                shape = own[name].shape
+                if name == "position":
+                    side = math.isqrt(value.shape[1])                   # (1, 1 + side ** 2, D)
+                    value = value[:, 1:].transpose(1, 2).reshape(1, -1, side, side)
+                    value = F.interpolate(value, shape[2:], mode="bilinear", align_corners=True)
+                elif len(shape) == 4:
+                    value = value.permute(3, 2, 0, 1)                   # HWIO -> OIHW
+                elif len(shape) == 2:
+                    value = value.reshape(shape[1], shape[0]).T         # merges the heads
+                own[name].copy_(value.reshape(shape))
         except Exception as error:
-            raise InputError(f"{path}: {error}; expected R50+ViT-B_16.npz of ImageNet-21k") from None
+            raise InputError(f"{path} {key}: {error}; expected R50+ViT-B_16.npz") from None
         return left
 
-def npz_key(name):
-    """The key of one of TransUNet's parameters in R50+ViT-B_16.npz."""
-    parts = name.split(".")
-    last = {"weight": "kernel", "bias": "bias"}.get(parts[-1])
-    if parts[0] == "position":
-        return "Transformer/posembed_input/pos_embedding"
-    if "norm" in parts[-2] or "gn" in parts[-2]:
-        last = "scale" if parts[-1] == "weight" else "bias"
-    if parts[0] == "embed":
-        return f"embedding/{last}"
-    if parts[0] == "norm":
-        return f"Transformer/encoder_norm/{last}"
-    if parts[0] == "blocks":
-        layer = {"norm1": "LayerNorm_0", "norm2": "LayerNorm_2", "fc1": "MlpBlock_3/Dense_0",
-                 "fc2": "MlpBlock_3/Dense_1", "q": "query", "k": "key", "v": "value", "out": "out"}[parts[2]]
-        attention = "MultiHeadDotProductAttention_1/" if parts[2] in ("q", "k", "v", "out") else ""
-        return f"Transformer/encoderblock_{parts[1]}/{attention}{layer}/{last}"
-    if parts[1] in ("root", "gn_root"):
-        return f"{parts[1].replace('root', 'conv_root') if parts[1] == 'root' else 'gn_root'}/{last}"
-    unit = {"downsample": "conv_proj"}.get(parts[4], parts[4])
-    return f"block{int(parts[2]) + 1}/unit{int(parts[3]) + 1}/{unit}/{last}"
-
-# -----------------------------------------------------------------------------
-# Losses
-
+# ---- Losses -------------------------------------------------------------------------------------
 def soft_dice(p, mask, dims=(0, 2, 3)):
-    """1 - Dice of probabilities p (B, K, H, W) and labels (B, H, W), summed over dims: (K,), as published.
-
-    With dims=(2, 3) each image for itself: (B, K).
-    """
+    """1 - Dice (K,) of p (B, K, H, W) and mask (B, H, W); dims (2, 3): of each image, (B, K)."""
     true = F.one_hot(mask, p.shape[1]).movedim(-1, 1)                   # (B, K, H, W)
     overlap = (p * true).sum(dims)
     return 1 - (2 * overlap + 1e-5) / ((p ** 2).sum(dims) + true.sum(dims) + 1e-5)
 
 def seg_loss(logits, mask):
-    """Half cross-entropy, half soft Dice of logits (B, K, H, W) and labels (B, H, W), as published."""
-    logits = logits.float()                                             # bf16 is too coarse for sums
+    """Half cross-entropy, half soft Dice, as published, of (B, K, H, W) and mask (B, H, W)."""
+    logits = logits.float()                                             # bf16 sums badly
     return 0.5 * F.cross_entropy(logits, mask) + 0.5 * soft_dice(logits.softmax(1), mask).mean()
 
 def image_loss(logits, mask):
-    """The same for each image alone: (B,)."""
+    """seg_loss of each image alone: (B,)."""
     logits = logits.float()
     pixels = F.cross_entropy(logits, mask, reduction="none").mean((1, 2))
     return 0.5 * pixels + 0.5 * soft_dice(logits.softmax(1), mask, (2, 3)).mean(1)
 
-# -----------------------------------------------------------------------------
-# Fair methods (Tables 2-5). group: long (B,), -1 unknown; a group may be absent from a batch.
-
+# ---- Fair methods -------------------------------------------------------------------------------
 def group_means(values, group, n_groups):
-    """Mean of values (B,) in every group (G,), 0 where it is absent, and its count (G,)."""
-    member = F.one_hot(group + 1, n_groups + 1)[:, 1:].to(values.dtype)         # (B, G)
+    """Mean of values (B,) in every group, 0 where it is absent, and its count: (G,), (G,)."""
+    member = F.one_hot(group + 1, n_groups + 1)[:, 1:].to(values.dtype)     # (B, G)
     count = member.sum(0)
     return values @ member / count.clamp(min=1), count
 
 def groupdro_loss(losses, group, q, rate):
-    """GroupDRO (Sagawa et al. 2020, Algorithm 1) of losses (B,) and group weights q (G,); returns loss and q.
+    """GroupDRO (Sagawa et al. 2020, Algorithm 1) of losses (B,) and weights q (G,): loss, new q.
 
-    q_g grows by exp(rate * loss_g); the loss is the mean of the groups' losses, weighted by q. As published,
-    batches draw the groups equally often: that lifts all groups, natural batches the worst one more. Groups
-    that are absent keep their q, where the published code lets it decay; unknown images have weight 1.
+    An absent group keeps its q, where the published code lets it decay; unknown images weigh 1.
     """
     mean, count = group_means(losses, group, len(q))
     present = (count > 0).to(q.dtype)
@@ -311,19 +261,17 @@ def groupdro_loss(losses, group, q, rate):
     return loss, q * (1 - present) + share * (q * present).sum()
 
 def fairseg_loss(logits, mask, group, n_groups, gamma):
-    """FairSeg's error-bound scaling (Tian et al. 2024): cross-entropy and a Dice of scaled probabilities.
+    """FairSeg's error-bound scaling (Tian et al. 2024): cross-entropy and a Dice of scaled p.
 
-    The probabilities of a group shrink by tanh((least error / its error)^gamma). Only groups in the batch are
-    compared (in the published code an absent one makes every scale 0); unknown images count as the best.
+    Only groups in the batch are compared; in the published code an absent one makes all scales 0.
     """
     logits = logits.float()
     p = logits.softmax(1)
     error, count = group_means(soft_dice(p.detach(), mask, (2, 3)).mean(1), group, n_groups)
     error = torch.where(count > 0, error.clamp(min=1e-6), torch.inf)    # (G,)
-    ratio = torch.where(count > 0, error.min() / error, 1.0)
-    scale = torch.cat([ratio.new_ones(1), ratio])[group + 1].pow(gamma).tanh()          # (B,)
-    scaled = soft_dice(p * scale[:, None, None, None], mask)
-    return 0.5 * F.cross_entropy(logits, mask) + 0.5 * scaled.mean()
+    ratio = F.pad(error.min() / error, (1, 0), value=1.0)[group + 1]    # (B,), unknown: 1
+    scale = ratio.pow(gamma).tanh()[:, None, None, None]
+    return 0.5 * F.cross_entropy(logits, mask) + 0.5 * soft_dice(p * scale, mask).mean()
 
 class Reverse(torch.autograd.Function):
     """Gradient reversal (Ganin & Lempitsky 2015): x forward, -strength * gradient backward."""
@@ -337,35 +285,31 @@ class Reverse(torch.autograd.Function):
         return -ctx.strength * gradient, None
 
 def adversary_loss(logits, group, weight):
-    """ADV (Madras et al. 2018): cross-entropy of an adversary that guesses the group from the tokens.
+    """ADV (Madras et al. 2018): cross-entropy of guesses (B, G), weight (G,); unknown images 0."""
+    loss = F.cross_entropy(logits.float(), group.clamp(min=0), weight, reduction="none")
+    return (loss * (group >= 0)).mean()
 
-    logits (B, G); weight (G,): rare groups count as much as frequent ones, unknown images 0.
-    """
-    return (F.cross_entropy(logits.float(), group.clamp(min=0), weight, reduction="none") * (group >= 0)).mean()
-
-# -----------------------------------------------------------------------------
-# Training
-
-STRENGTH = {"adv": 1.0, "groupdro": 1.0, "fairseg": 0.5}                # of the reversal, rate, gamma
+# ---- Training -----------------------------------------------------------------------------------
+STRENGTH = {"adv": 1.0, "groupdro": 1.0, "fairseg": 0.5}                # reversal, rate, gamma
 METHODS = ("plain", "oversample", "groupdro", "adv", "fairseg")
 
 def draw_weights(code, method):
-    """Odds (N,) that an image is drawn: equal, or such that every group is drawn equally often."""
+    """Odds (N,) that an image is drawn: all alike, or each group as often as another."""
     weight = np.ones(len(code))
     if method in ("oversample", "groupdro"):
-        groups, count = np.unique(code[code >= 0], return_counts=True)
-        for g, n in zip(groups, count, strict=True):
-            weight[code == g] = count.sum() / len(groups) / n
+        known = code >= 0
+        count = np.bincount(code[known])
+        weight[known] = known.sum() / (count > 0).sum() / count[code[known]]
     return torch.as_tensor(weight)
 
 def build(config):
-    """The network of a checkpoint's config, with what its method learns beside it."""
+    """The network of a checkpoint's config, and what its method learns with it."""
     net = TransUNet.base() if config["base"] else TransUNet(width=config["width"])
     n_groups = len(config["groups"])
     net.register_buffer("q", torch.ones(n_groups) / n_groups)           # GroupDRO's weights
     if config["method"] == "adv":
-        dim = net.norm.normalized_shape[0]
-        net.adversary = nn.Sequential(nn.Linear(dim, 64), nn.ReLU(), nn.Linear(64, n_groups))
+        layers = nn.Linear(net.position.shape[1], 64), nn.ReLU(), nn.Linear(64, n_groups)
+        net.adversary = nn.Sequential(*layers)
     return net
 
 def train(args):
@@ -375,26 +319,22 @@ def train(args):
     code, names = group_codes(data, args.attribute)
     rows, held_out = split_rows(data, args.val, args.attribute)
     if not data["mask"][rows].any():
-        raise InputError(f"{args.set}: all {len(rows)} masks are empty; expected labels 1 and 2 in some")
-    config = {key: getattr(args, key) for key in (
-        "method", "strength", "attribute", "steps", "batch", "lr", "seed", "optimizer", "base", "width", "val")}
-    config |= {"kind": "transunet", "groups": names, "weights": bool(args.weights),
-               "data": fingerprint(data["image"], data["mask"], code)}
+        raise InputError(f"{args.set}: all masks are empty; expected labels 1 and 2 in some")
+    config = vars(args) | {"kind": "transunet", "groups": names, "weights": bool(args.weights)}
+    config["data"] = zlib.crc32(data["image"].tobytes() + data["mask"].tobytes() + code.tobytes())
+    for key in ("command", "run", "set", "out", "device"):              # these may change
+        del config[key]
     strength = STRENGTH.get(args.method) if args.strength is None else args.strength
     torch.manual_seed(args.seed)
-    net = build(config)
+    net = build(config).to(device, memory_format=torch.channels_last)
     if args.weights:
         net.load_npz(args.weights)
-    net = net.to(device, memory_format=torch.channels_last)
     lr = args.lr or {"adamw": 4e-3, "sgd": 0.01}[args.optimizer]
     optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.01)
     if args.optimizer == "sgd":
         optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=1e-4)
     run = Run(args.out, config, net, optimizer, 0.995)
-    model = net
-    if world > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(net) if device.type == "cuda" else net
-        model = DistributedDataParallel(model)
+    model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     weight = draw_weights(code[rows], args.method).to(device)
     image = torch.as_tensor(data["image"][rows], device=device)
     mask = torch.as_tensor(data["mask"][rows], device=device)
@@ -402,11 +342,10 @@ def train(args):
     count = torch.bincount(group[group >= 0], minlength=len(names))
     for step in run.steps():
         done = step / args.steps
-        factor = min(10 * done + 0.01, 0.5 + 0.5 * math.cos(math.pi * done))        # warm up, half a cosine
-        if args.optimizer == "sgd":
-            factor = (1 - done) ** 0.9                                  # as published
-        for options in optimizer.param_groups:
-            options["lr"] = lr * factor
+        factor = min(10 * done + 0.01, 0.5 + 0.5 * math.cos(math.pi * done))    # warm-up, cosine
+        if args.optimizer == "sgd":                                     # as published
+            factor = (1 - done) ** 0.9
+        optimizer.param_groups[0]["lr"] = lr * factor
         index = torch.multinomial(weight, args.batch // world, replacement=True)
         x, y = augment(image[index, None].float() / 255, mask[index].long())
         with autocast(device):
@@ -425,17 +364,16 @@ def train(args):
         loss.backward()
         optimizer.step()
         run.update(loss)
-    sample = subset(data, held_out if len(held_out) else rows[:500])
-    pred = predict_masks(run.ema, sample["image"], device)
-    scores = [dice(pred, sample["mask"], label).mean() for label in structures(sample["mask"]).values()]
+    shown = held_out if len(held_out) else rows[:500]
+    image, mask = data["image"][shown], data["mask"][shown]
+    pred = predict_masks(run.ema, image, device)
+    scores = [dice(pred, mask, label).mean() for label in structures(mask).values()]
     print(f"transunet {args.method}: Dice {np.mean(scores):.4f} on {len(pred)} "
           f"{'held-out' if len(held_out) else 'training'} images after {args.steps} steps")
-    save_grid(f"{args.out}.png", [list(map(overlay, sample["image"][:8], sample["mask"][:8])),
-                                  list(map(overlay, sample["image"][:8], pred[:8]))], ["truth", "predicted"])
+    pictures = [image[:8], 127 * mask[:8], 127 * pred[:8]]
+    save_grid(f"{args.out}.png", pictures, ["image", "truth", "predicted"])
 
-# -----------------------------------------------------------------------------
-# Prediction
-
+# ---- Prediction ---------------------------------------------------------------------------------
 @torch.no_grad()
 def predict_masks(net, images, device, batch=100):
     """Masks uint8 (N, H, W) that a network predicts for grey images uint8 (N, H, W)."""
@@ -443,7 +381,8 @@ def predict_masks(net, images, device, batch=100):
     masks = []
     for part in torch.as_tensor(images).split(batch):
         with autocast(device):
-            masks.append(net(part[:, None].to(device).float() / 255).argmax(1).byte().cpu().numpy())
+            logits = net(part[:, None].to(device).float() / 255)        # (B, K, H, W)
+        masks.append(logits.argmax(1).byte().cpu().numpy())
     return np.concatenate(masks)
 
 def load_segmenter(path, device):
@@ -461,23 +400,21 @@ def predict(args):
     save_set(args.out, data | {"mask": pred})
     print(f"{args.out}: {len(pred)} predictions")
 
-# -----------------------------------------------------------------------------
-# Command line
-
+# ---- Command line -------------------------------------------------------------------------------
 def main(argv=None):
     """The command line; returns the exit code."""
     parser = Parser(prog="transunet.py", description="TransUNet and fair training methods.")
     p = parser.command("train", train, "train a segmenter")
     p.add_argument("set", help="dataset .npz: real, synthetic or mixed")
     p.add_argument("--method", choices=METHODS, default="plain", help="Tables 2-5")
-    p.add_argument("--strength", type=float, help="adv: of the reversal, groupdro: rate, fairseg: gamma")
+    p.add_argument("--strength", type=float, help="adv: reversal, groupdro: rate, fairseg: gamma")
     p.add_argument("--attribute", default="race", help="group column that a method knows")
     p.add_argument("--out", default="seg.pt", help="checkpoint; an interrupted training continues")
-    p.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="the authors' code: sgd")
+    p.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="published: sgd")
     p.add_argument("--width", type=int, default=16, help="channels of the compact network's root")
     p.add_argument("--base", action="store_true", help="the published R50-ViT-B/16")
     p.add_argument("--weights", help="with --base: ImageNet-21k weights R50+ViT-B_16.npz")
-    p.add_argument("--val", type=float, default=0, help="share of each group that is held out, to choose by")
+    p.add_argument("--val", type=float, default=0, help="held-out share of each group")
     add_training_settings(p, steps=1120, batch=8, lr=None)
     p = parser.command("predict", predict, "segment a dataset")
     p.add_argument("checkpoint", help="what train wrote")

@@ -1,0 +1,100 @@
+"""Speed of every part, as a table: python tests/experiments/bench.py [--base]
+
+Every row is the work as the project does it: bf16 where the hardware multiplies it, channels-last, a batch of the
+scale that runs here (cpu, or gpu where CUDA works). GFLOP/s are counted by torch and compared with a matrix product
+measured in the same run. Nothing is asserted: timings depend on the machine. OMP_NUM_THREADS=1 shows one core.
+"""
+import argparse
+import pathlib
+import sys
+import time
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent))
+import controlnet  # noqa: E402
+import fairdiff  # noqa: E402
+import pointdiff  # noqa: E402
+import transunet  # noqa: E402
+
+
+def seconds(work, device, repeat=8):
+    """Median seconds of one call after two warm-ups."""
+    times = []
+    for _ in range(repeat + 2):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return float(np.median(times[2:]))
+
+
+def main():
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", action="store_true", help="also the published TransUNet at 224 px, batch 2")
+    args = parser.parse_args()
+    device, _ = fairdiff.setup("auto")
+    batch, size = (48, 128) if device.type == "cuda" else (8, 64)
+    with fairdiff.autocast(device):
+        a = torch.randn(2048, 2048, device=device)
+        peak = 2 * 2048 ** 3 / seconds(lambda: a @ a, device, 3) / 1e9
+    print(f"{device}, {torch.get_num_threads()} threads, matrix product {peak:.0f} GFLOP/s")
+    print(f"{'work':<40}{'a second':>10}{'ms':>10}{'of peak':>9}")
+
+    def row(name, items, work):
+        with FlopCounterMode(display=False) as flops:
+            work()
+        s = seconds(work, device)
+        share = flops.get_total_flops() / s / 1e9 / peak
+        print(f"{name:<40}{items / s:>10.1f}{1000 * s:>10.1f}{share:>9.1%}", flush=True)
+
+    def training(name, items, net, loss):
+        net = net.to(device, memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-3)
+
+        def step():
+            with fairdiff.autocast(device):
+                value = loss(net)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+        row(name, items, step)
+
+    row(f"phantom, {size} px", 50, lambda: fairdiff.make_phantom(50, size, 0))
+    masks = fairdiff.make_phantom(batch, size, 0)["mask"]
+    clouds = [pointdiff.mask_to_points(mask) for mask in masks]
+    row(f"masks to points, {size} px", batch, lambda: [pointdiff.mask_to_points(mask) for mask in masks])
+    row(f"points to masks, {size} px", batch, lambda: [pointdiff.points_to_mask(c, size, 16) for c in clouds])
+    ddpm, group = pointdiff.DDPM(), torch.zeros(32, dtype=torch.long, device=device)
+    x = torch.randn(32, 256, 3, device=device)
+    training("PointNet, step of 32 x 256 points", 32, pointdiff.PointNet(3),
+             lambda net: ddpm.loss(net, x, group, net.encode(x)[0]))
+    net = pointdiff.PointNet(3).to(device)
+    row("PointNet, sampling 32 clouds, 32 steps", 32, lambda: ddpm.sample(
+        net, (32, 256, 3), group, steps=32, generator=torch.Generator(device)))
+    image, group = torch.randn(batch, 1, size, size, device=device), group.repeat(2)[:batch]
+    mask = torch.as_tensor(masks, device=device).long()
+    training(f"UNet, step of {batch}, {size} px", batch, controlnet.UNet(3), lambda net: ddpm.loss(net, image, group))
+    training(f"ControlNet, step of {batch}, {size} px", batch, controlnet.ControlNet(controlnet.UNet(3)),
+             lambda net: ddpm.loss(net, image, group, mask))
+    net = controlnet.ControlNet(controlnet.UNet(3)).to(device, memory_format=torch.channels_last)
+    config = {"kind": "control", "mean": 100.0, "std": 40.0}
+    row(f"ControlNet, sampling {batch}, 10 steps", batch, lambda: controlnet.sample_images(
+        net, ddpm, config, np.zeros(batch, int), masks, device))
+    training(f"TransUNet compact, step of {batch}, {size} px", batch, transunet.TransUNet(),
+             lambda net: transunet.seg_loss(net(image), mask))
+    net = transunet.TransUNet().to(device, memory_format=torch.channels_last)
+    pictures = np.zeros((100, size, size), np.uint8)
+    row(f"TransUNet compact, predicting 100, {size} px", 100, lambda: transunet.predict_masks(net, pictures, device))
+    if args.base:
+        image, mask = torch.rand(2, 1, 224, 224, device=device), torch.zeros(2, 224, 224, dtype=torch.long, device=device)
+        training("TransUNet base, step of 2, 224 px", 2, transunet.TransUNet.base(),
+                 lambda net: transunet.seg_loss(net(image), mask))
+
+
+if __name__ == "__main__":
+    main()
