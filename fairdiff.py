@@ -304,7 +304,7 @@ def crop_and_resize(image, mask, crop, size):
     crop: the side of the largest centred square, or "disc": a square around the disc.
     """
     h, w = mask.shape
-    side = min(h, w) if crop == "disc" else min(h, w, int(crop))
+    side = min(h, w) if crop == "disc" else min(h, w, crop)
     top, left = (h - side) / 2, (w - side) / 2
     if crop == "disc" and mask.any():
         y, x = np.nonzero(mask)
@@ -345,19 +345,19 @@ def save_split(args, data, had_disc=False):
     """Write a set as OUT/train.npz and OUT/test.npz: as its column split says, or by patients."""
     parts = data.pop("split", np.array([""]))
     data = check_set(data, args.out)
-    describe(data, had_disc)
-    attribute = args.attribute or (group_columns(data) or ["name"])[0]
+    attribute = args.attribute or (group_columns(data) or ["synthetic"])[0]
     if args.attribute:
         group_codes(data, attribute)                    # InputError before anything is written
     train, test = split_rows(data, args.test_share, attribute)
     if (parts != "").any():
         train, test = np.flatnonzero(parts == "train"), np.flatnonzero(parts == "test")
-    print(f"{len(train)} images to train, {len(test)} to test; the others are in neither part")
     if not len(train) or not len(test):
-        raise InputError(f"{args.out}: expected images in both parts")
+        raise InputError(f"{len(train)} images to train, {len(test)} to test; expected some in both")
     save_set(f"{args.out}/train.npz", subset(data, train))
     save_set(f"{args.out}/test.npz", subset(data, test))
     save_group_grid(f"{args.out}/train.npz.png", subset(data, train), attribute)
+    print(f"{len(train)} images to train, {len(test)} to test; the others are in neither part")
+    describe(data, had_disc)
 
 def describe(data, had_disc=False):
     """Print what is in a set and warn of what looks wrong; had_disc (N,): before it was cropped."""
@@ -389,8 +389,8 @@ def listed_parts(folder, lists):
     """"train" or "test" by patient, from lists TRAIN.txt and TEST.txt, or those in the folder."""
     usual = [folder / "train.txt", folder / "test.txt"]
     lists = [pathlib.Path(path) for path in lists or usual if lists or path.is_file()]
-    if len(lists) == 1:
-        raise InputError(f"{lists[0]}: a list of one part; expected --split TRAIN.txt TEST.txt")
+    if len(lists) not in (0, 2):
+        raise InputError(f"{len(lists)} lists, {lists[0]}; expected --split TRAIN.txt TEST.txt")
     part_of = {}
     for path, part in zip(lists, ("train", "test"), strict=False):
         names = {patient_name(line) for line in path.open(encoding="utf-8-sig") if line.strip()}
@@ -436,7 +436,9 @@ def images(args):
     """Import pictures, masks of the same name, and a table whose first column names them."""
     with open(args.groups, newline="", encoding="utf-8-sig") as file:
         table = {next(iter(row.values())): row for row in csv.DictReader(file)}
-    labels = [int(value) for value in args.labels.split(",")]
+    if not table:
+        raise InputError(f"{args.groups}: no rows; expected names of columns, then a row an image")
+    labels = args.labels
     files = {folder: {path.stem: path for path in sorted(pathlib.Path(folder).glob("[!.]*"))}
              for folder in (args.images, args.masks)}
 
@@ -447,7 +449,8 @@ def images(args):
             picture = picture.convert("RGB")
         image = np.asarray(picture)
         image = image[..., 1] if args.channel == "green" else to_grey(image)
-        mask = np.asarray(mask.convert("L") if mask.mode.startswith("RGB") else mask).astype(int)
+        mask = mask.convert("L") if mask.mode in ("LA", "RGB", "RGBA") else mask
+        mask = np.asarray(mask).astype(int)
         if mask.shape != image.shape or not np.isin(mask, labels).all():
             raise ValueError(f"image {image.shape}, mask {mask.shape}, values {np.unique(mask)[:6]}; "
                              f"expected one shape and the values {labels} of --labels")
@@ -623,7 +626,7 @@ def save_group_grid(path, data, attribute):
     for name in np.unique(data[attribute])[:12]:
         part = subset(data, np.flatnonzero(data[attribute] == name)[:8])
         rows += [list(part["image"]), list(map(overlay, part["image"], part["mask"]))]
-        labels += [name or "unknown", ""]
+        labels += [str(name) or "unknown", ""]
     save_grid(path, rows, labels)
 
 COLOURS = ("#3b82c4", "#d9770a", "#2f9e6e", "#c2508f", "#8b6fd0", "#b0912b", "#5aa9b5", "#888888")
@@ -682,18 +685,28 @@ class Parser(argparse.ArgumentParser):
         p.set_defaults(run=run)
         return p
 
+def natural(text):
+    """argparse type: a whole number from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0")
+    return int(text)
+
 def positive(text):
     """argparse type: a whole number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    if natural(text) == 0:
+        raise argparse.ArgumentTypeError("0 is no whole number from 1")
     return int(text)
+
+def number_or(word):
+    """argparse type: a whole number from 1, or one word."""
+    return lambda text: text if text == word else positive(text)
 
 def add_training_settings(p, steps, batch, lr):
     """The settings that all trainings share, with their defaults."""
     p.add_argument("--steps", type=positive, default=steps, help="optimizer steps")
     p.add_argument("--batch", type=positive, default=batch, help="items a step")
     p.add_argument("--lr", type=float, default=lr, help="peak learning rate")
-    p.add_argument("--seed", type=int, default=0, help="draws weights, batches and noise")
+    p.add_argument("--seed", type=natural, default=0, help="draws weights, batches and noise")
     p.add_argument("--device", default="auto", help="cpu, cuda, mps, ... (auto: cuda or cpu)")
 
 def run_command(parser, argv):
@@ -727,17 +740,15 @@ def phantom(args):
     train = make_phantom(args.train, args.size, seed, args.shift, args.balance, args.rare)
     save_set(f"{args.out}/train.npz", train)
     save_group_grid(f"{args.out}/train.npz.png", train, attribute)
-    describe(train)
     if args.test:
         test = make_phantom(args.test, args.size, seed + 1, args.shift, args.balance)
         save_set(f"{args.out}/test.npz", test)
-        describe(test)
+    describe(train)
 
 def mix(args):
     """Write the Equal Scale set of a real set and synthetic ones, and print the counts."""
     real, synthetic = load_set(args.real), concatenate(*map(load_set, args.synthetic))
-    target = args.target if args.target in (None, "max") else positive(args.target)
-    mixed = equal_scale(real, synthetic, args.attribute, target, args.seed, args.n_real)
+    mixed = equal_scale(real, synthetic, args.attribute, args.target, args.seed, args.n_real)
     save_set(args.out, mixed)
     order = np.argsort(~mixed["synthetic"], kind="stable")
     save_group_grid(f"{args.out}.png", subset(mixed, order), args.attribute)
@@ -751,11 +762,11 @@ def main(argv=None):
     parser = Parser(prog="fairdiff.py", description="Data, Equal Scale and report of FairDiff.")
     p = parser.command("phantom", phantom, "draw phantom patients, no medical evidence")
     p.add_argument("--train", type=positive, default=1000, help="training images")
-    p.add_argument("--test", type=int, default=2000, help="test images")
+    p.add_argument("--test", type=natural, default=2000, help="test images")
     p.add_argument("--shift", type=float, default=1.0, help="how far the races differ")
     p.add_argument("--balance", choices=MARGINALS, help="column whose groups are made equal")
-    p.add_argument("--rare", type=int, help="training images of the rarest race (default: 9.2 %%)")
-    p.add_argument("--seed", type=int, default=0, help="draws everything")
+    p.add_argument("--rare", type=natural, help="training images of the rarest race (default: 9.2 %%)")
+    p.add_argument("--seed", type=natural, default=0, help="draws everything")
     sources = [p]
     p = parser.command("fairseg", fairseg, "import Harvard-FairSeg files")
     p.add_argument("folder", help="one .npz a patient")
@@ -765,7 +776,8 @@ def main(argv=None):
     p.add_argument("images", help="folder of grey or colour pictures")
     p.add_argument("masks", help="folder of masks with the same names")
     p.add_argument("groups", help="CSV: the file's name, then group columns; also patient, split")
-    p.add_argument("--labels", default="0,1,2", help="mask values of background, rim and cup")
+    p.add_argument("--labels", type=lambda text: list(map(int, text.split(","))), default="0,1,2",
+                   help="mask values of background, rim and cup")
     p.add_argument("--channel", choices=("all", "green"), default="all", help="all: the luminance")
     sources.append(p)
     p = parser.command("split", split, "check a dataset of your own and split it in two")
@@ -776,7 +788,7 @@ def main(argv=None):
         p.add_argument("--out", default="data", help="folder for train.npz and test.npz")
         p.add_argument("--size", type=positive, default=64, help="pixels a side")
     for p in sources[1:]:
-        p.add_argument("--crop", default="512", help="side of the centred square, or disc")
+        p.add_argument("--crop", type=number_or("disc"), default=512, help="side of the centred square, or disc")
         p.add_argument("--test-share", type=float, default=0.2, help="if no split is given")
         p.add_argument("--skip-bad", action="store_true", help="leave out unusable files")
         p.add_argument("--files", help="checksum of the files; train.sh notices where they change")
@@ -788,9 +800,9 @@ def main(argv=None):
     p.add_argument("real", help="dataset .npz of real images")
     p.add_argument("synthetic", nargs="+", help="datasets .npz of synthetic images")
     p.add_argument("--attribute", default="race", help="group column")
-    p.add_argument("--target", help="images a group, or max (default: real images / groups)")
+    p.add_argument("--target", type=number_or("max"), help="images a group, or max (default: real images / groups)")
     p.add_argument("--n-real", type=positive, help="first draw so many real images")
-    p.add_argument("--seed", type=int, default=0, help="draws who is kept")
+    p.add_argument("--seed", type=natural, default=0, help="draws who is kept")
     p.add_argument("--out", default="mixed.npz", help="the mixed dataset")
     p = parser.command("report", report, "write one page with everything that a run made")
     p.add_argument("out", help="the folder of the run")

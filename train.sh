@@ -44,7 +44,8 @@ for row in $METHODS; do [[ " $rows " == *" $row "* ]] || die "METHODS=$METHODS: 
 [[ -z $WEIGHTS || (-f $WEIGHTS && $WEIGHTS == *R50+ViT-B_16.npz && $SCALE == paper) ]] ||
   die "WEIGHTS=$WEIGHTS SCALE=$SCALE: expected the file R50+ViT-B_16.npz, and SCALE=paper"
 [ -e "${DATA:-.}" ] || die "DATA=$DATA: no such file or folder"
-[[ -z $DATA || $DATA == /* ]] || DATA=$PWD/$DATA
+[ -z "$DATA" ] || METHODS=${METHODS/oracle/} DATA=$(cd "$(dirname "$DATA")" && pwd)/$(basename "$DATA")
+[ -n "${METHODS// }" ] || die "METHODS=oracle: expected another row, only the phantom has an oracle"
 [[ -z $WEIGHTS || $WEIGHTS == /* ]] || WEIGHTS=$PWD/$WEIGHTS
 mkdir -p "$OUT/log" && cd "$OUT"                        # all paths are relative to it, so that it may be moved
 # stage NAME FILE COMMAND ARGS...: run one command, keep what it prints, skip it the next time
@@ -63,7 +64,8 @@ stage() {
 # beside COMMAND: run it beside the others as soon as a core is free; join: wait for all (bash 3.2 has no wait -n)
 beside() { while [ "$(jobs -rp | wc -l)" -ge $lanes ]; do sleep 0.2; done; "$@" & pids="$pids $!"; }
 join() { for pid in $pids; do wait $pid || exit; done; pids=""; }
-trap 'for p in $pids; do kill -- -$p; done 2> /dev/null; echo "interrupted; the same command continues" >&2; exit 130' INT TERM
+trap 'for p in $pids; do kill -- -$p; done 2> /dev/null' EXIT
+trap 'echo "train.sh: interrupted; the same command continues" >&2; exit 130' INT TERM HUP
 
 # 1. Data; the oracle is topped up with fresh real patients, which only the phantom has
 real=data/train.npz test=data/test.npz groups="--attribute $ATTRIBUTE" seed="--seed $SEED" s=("$@")
@@ -71,7 +73,7 @@ if [ -z "$DATA" ]; then
   beside stage data fairdiff.py phantom --size $1 --train $2 --test $3 $seed ${RARE:+--rare $RARE} $groups --out data
   beside stage fresh fairdiff.py phantom --size $1 --train $2 --test 0 $seed --balance $ATTRIBUTE $groups --out fresh
 else
-  METHODS=${METHODS/oracle/} import=fairseg files=$(find -L "$DATA" -type f -exec wc -c {} + | sort | cksum | tr ' ' -)
+  import=fairseg files=$(cd "$(dirname "$DATA")" && find -L "$(basename "$DATA")" -type f -exec wc -c {} + | sort | cksum | tr ' ' -)
   [[ ! -f $DATA && ! -f $DATA/train.npz ]] || import=split
   stage data fairdiff.py $import "$DATA" --size $1 --crop "$CROP" ${SPLIT:+--split $SPLIT} ${SKIP_BAD:+--skip-bad} --files $files $groups --out data
 fi

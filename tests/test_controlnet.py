@@ -66,10 +66,10 @@ def test_from_base_to_evaluation(set_file, phantom, tmp_path, capsys):
     assert np.array_equal(images["a"], images["b"])
     assert len({images[name].tobytes() for name in "acde"}) == 4
     assert len(np.unique(images["a"], axis=0)) == 60                    # each has noise of its own
-    sets = [f"control={tmp_path}/a.npz", f"copy={set_file}"]
-    assert controlnet.main(["evaluate", judge, set_file, set_file, *sets, "--out", f"{tmp_path}/table1.csv"]) == 0
-    with open(tmp_path / "table1.csv", encoding="utf-8") as file:
-        memorised = {row["images"]: float(row["memorised"]) for row in csv.DictReader(file)}
+    sets, out = [f"control={tmp_path}/a.npz", f"copy={set_file}"], tmp_path / "table1.csv"
+    assert controlnet.main(["evaluate", judge, set_file, set_file, *sets, "--out", str(out)]) == 0
+    table = csv.DictReader(out.read_text().splitlines())
+    memorised = {row["images"]: float(row["memorised"]) for row in table}
     assert list(memorised) == ["real", "control", "copy"] and memorised["control"] < memorised["copy"] == 1
 
 def test_killed_and_continued_equals_unbroken(set_file, tmp_path, monkeypatch):

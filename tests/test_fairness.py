@@ -1,5 +1,6 @@
 """fairness.py, against loops, the paper's tables and simulations; odds are those of a new seed to fail for nothing."""
 import csv
+import pathlib
 
 import numpy as np
 import pytest
@@ -102,7 +103,8 @@ def test_p_has_its_size_and_power_where_a_rare_group_spreads_more():
 
 def test_compare_is_paired():
     """Methods that agree image by image have a narrow interval, though their scores spread; equal ones have 0."""
-    a, group = simulate(rng := np.random.default_rng(2), (0.6, 0.8), (40, 60))
+    rng = np.random.default_rng(2)
+    a, group = simulate(rng, (0.6, 0.8), (40, 60))
     b = a - 0.03 + rng.normal(0, 0.01, 100)
     rows, unpaired = compare(a, b, group), compare(a, rng.permutation(b), group)
     assert rows[0].hi - rows[0].lo < 0.3 * (unpaired[0].hi - unpaired[0].lo) and rows[-1].value < 0.001
@@ -163,9 +165,9 @@ def files(tmp_path, monkeypatch, phantom):
 def run_table(*args):
     """Run the command; its CSV as {(method, seed, structure, metric, group): (n, value, lo, hi)}."""
     assert fairness.main(["table", "set.npz", *args, "--out", "deep/results.csv"]) == 0
-    with open("deep/results.csv", encoding="utf-8") as file:
-        return {tuple(row[key] for key in ("method", "seed", "structure", "metric", "group")):
-                [float(row[key]) for key in ("n", "value", "lo", "hi")] for row in csv.DictReader(file)}
+    table = csv.DictReader(pathlib.Path("deep/results.csv").read_text().splitlines())
+    return {tuple(row[key] for key in ("method", "seed", "structure", "metric", "group")):
+            [float(row[key]) for key in ("n", "value", "lo", "hi")] for row in table}
 
 @pytest.mark.parametrize("metric", [dice, iou])
 def test_table_holds_what_fair_report_says(files, capsys, metric):

@@ -139,22 +139,24 @@ def test_sample_writes_a_set_of_masks(set_file, tmp_path, capsys):
     assert pointdiff.main(draw) == 2 and not (tmp_path / "masks.npz").exists()
     assert "valid" in capsys.readouterr().err.splitlines()[-1]
     for argv, groups, n, side in (([], ["Asian", "Black", "White"], 5, 32),
-                                  (["--group", "Black", "--size", "48", "--n", "102"], ["Black"], 102, 48)):
+                                  (["--group", "Black", "--size", "48", "--n", "200"], ["Black"], 200, 48)):
         assert pointdiff.main([*draw, "--keep-invalid", *argv]) == 0
         data = fairdiff.load_set(out)
         assert data["race"].tolist() == [name for name in groups for _ in range(n)]
         assert data["synthetic"].all() and not data["image"].any()
         assert np.unique(data["mask"], axis=0).shape == (n * len(groups), side, side)      # all differ
     assert pointdiff.main([*draw, "--group", "Nobody"]) == 2
+    assert pointdiff.main(["train", set_file, *TRAIN, "--steps", "2", "--lr", "0.1", "--out", f"{out}.pt"]) == 0
+    assert pointdiff.main([draw[0], f"{out}.pt", *draw[2:], "--keep-invalid", *argv]) == 0
+    assert not np.array_equal(fairdiff.load_set(out)["mask"], data["mask"])         # the weights matter
 
 def test_evaluate_compares_masks_group_by_group(set_file, phantom, tmp_path, capsys):
     """Copies of training masks are memorised; groups with too few masks are named and left out."""
-    few, out = str(tmp_path / "few.npz"), str(tmp_path / "masks.csv")
+    few, out = str(tmp_path / "few.npz"), tmp_path / "masks.csv"
     rows = np.concatenate([np.flatnonzero(phantom["race"] == name)[:n] for name, n in (("Black", 2), ("White", 20))])
-    for rows, groups in ((rows, ["White", "White"]), (rows[:2], [])):
-        fairdiff.save_set(few, fairdiff.subset(phantom, rows))
-        assert pointdiff.main(["evaluate", few, set_file, set_file, "--out", out]) == 0
-        with open(out, encoding="utf-8") as file:
-            table = list(csv.DictReader(file))
+    for n, groups in ((22, ["White", "White"]), (2, [])):
+        fairdiff.save_set(few, fairdiff.subset(phantom, rows[:n]))
+        assert pointdiff.main(["evaluate", few, set_file, set_file, "--out", str(out)]) == 0
+        table = list(csv.DictReader(out.read_text().splitlines()))
         assert [row["group"] for row in table] == groups and all(float(row["memorised"]) == 1 for row in table[:1])
         assert "Black" in capsys.readouterr().out
