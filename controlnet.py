@@ -47,21 +47,6 @@ class ResBlock(nn.Module):
         y = self.norm2(y) * (1 + scale) + shift
         return self.skip(x) + self.conv2(F.silu(y))                     # (B, C, h, w)
 
-class Attention(nn.Module):
-    """Self-attention with four heads over the pixels of the coarsest level."""
-    def __init__(self, dim):
-        super().__init__()
-        self.norm = nn.GroupNorm(8, dim)
-        self.qkv = nn.Conv2d(dim, 3 * dim, 1)
-        self.out = zero_conv(dim)
-
-    def forward(self, x):
-        b, c, h, w = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(b, 3, 4, -1, h * w)
-        q, k, v = qkv.transpose(3, 4).unbind(1)                         # (B, 4, h w, C/4)
-        y = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(y.transpose(2, 3).reshape(b, c, h, w))      # (B, C, h, w)
-
 class Encoder(nn.Module):
     """The UNet's first half; returns one skip a level, the middle and the embedding."""
     def __init__(self, n_groups, widths, patch, emb):
@@ -73,7 +58,6 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(ResBlock(c, c, emb) for c in widths)
         self.downs = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in pairwise(widths))
         self.middle1 = ResBlock(widths[-1], widths[-1], emb)
-        self.attention = Attention(widths[-1])
         self.middle2 = ResBlock(widths[-1], widths[-1], emb)
 
     def forward(self, x, t, group, control=0):
@@ -83,8 +67,8 @@ class Encoder(nn.Module):
         for i, block in enumerate(self.blocks):
             h = block(h if i == 0 else self.downs[i - 1](h), emb)       # (B, Ci, H/p/2^i, W/p/2^i)
             skips.append(h)
-        h = self.attention(self.middle1(h, emb))
-        return skips, self.middle2(h, emb), emb                         # (B, C2, H/p/4, W/p/4)
+        h = self.middle2(self.middle1(h, emb), emb)                     # (B, C2, H/p/4, W/p/4)
+        return skips, h, emb
 
 class Decoder(nn.Module):
     """The UNet's second half: from the middle up, joining the skip of each level, to an image."""
@@ -165,9 +149,11 @@ def train(args):
     """Train the base (train-base), or a ControlNet around it (train-control)."""
     device, world = setup(args.device)
     data = load_set(args.set)
+    sides = data["image"].shape[1:]
     if args.command == "train-base":
         _, names = group_codes(data, args.attribute)
-        patch = args.patch or max(2, min(data["image"].shape[1:]) // 32)
+        fitting = [p for p in range(2, min(sides) // 32 + 1) if math.gcd(*sides) % (4 * p) == 0]
+        patch = args.patch or max(fitting, default=2)
         config = {"kind": "base", "attribute": args.attribute, "groups": names, "patch": patch,
                   "widths": [args.width, 2 * args.width, 3 * args.width],
                   "mean": float(data["image"].mean()), "std": float(data["image"].std()) + 1e-6}
@@ -176,13 +162,12 @@ def train(args):
     else:
         net, ddpm, config = load_generator(args.base, "cpu", ["base"])
         weights = fingerprint(*net.state_dict().values())
-        config |= {"kind": "control", "lock": args.lock, "base": weights}
+        config |= {"kind": "control", "lock": args.lock, "group": args.group, "base": weights}
         torch.manual_seed(args.seed)
         net = ControlNet(net, args.lock)
         if args.group:                                  # one ControlNet a group, as in the paper
             own = data[config["attribute"]] == args.group
             data = {key: array[own] for key, array in data.items()}
-    sides = data["image"].shape[1:]
     if math.gcd(*sides) % (4 * config["patch"]):
         raise InputError(f"{sides} pixels; expected sides divisible by {4 * config['patch']}")
     code, _ = group_codes(data, config["attribute"], config["groups"])
@@ -248,8 +233,9 @@ def sample(args):
     device, _ = setup(args.device)
     data = load_set(args.masks)
     net, ddpm, config = load_generator(args.checkpoint, device)
-    code, _ = group_codes(data, config["attribute"], config["groups"])
-    rows = np.concatenate([np.flatnonzero(code == g)[:args.n] for g in np.unique(code)])
+    code, names = group_codes(data, config["attribute"], config["groups"])
+    groups = [names.index(config["group"])] if config.get("group") else np.unique(code)
+    rows = np.concatenate([np.flatnonzero(code == g)[:args.n] for g in groups])
     data = {key: array[rows] for key, array in data.items()}
     images = sample_images(net, ddpm, config, code[rows], data["mask"], device,
                            args.steps, args.seed)
@@ -277,6 +263,7 @@ def evaluate(args):
     scores, features = {}, {}                           # lists by (set, group)
     for item in [f"real={args.test}", *args.sets]:
         label, _, path = item.rpartition("=")
+        label = label or path.removesuffix(".npz").rpartition("-")[0]
         data = load_set(path)
         code, _ = group_codes(data, args.attribute, names)
         pred = predict_masks(judge, data["image"], device)
@@ -324,14 +311,14 @@ def main(argv=None):
     p.add_argument("--width", type=int, default=32, help="channels at first, divisible by 8")
     p.add_argument("--patch", type=int, help="p x p pixels become channels (default: side / 32)")
     p.add_argument("--out", default="base.pt", help="checkpoint")
-    add_training_settings(p, steps=500, batch=8, lr=1e-3)
+    add_training_settings(p, steps=200, batch=8, lr=2e-3)
     p = parser.command("train-control", train, "train the ControlNet")
     p.add_argument("set", help="dataset .npz")
     p.add_argument("base", help="what train-base wrote")
     p.add_argument("--group", help="train on this group alone, as the paper does")
     p.add_argument("--lock", action="store_true", help="freeze the decoder, too")
     p.add_argument("--out", default="control.pt", help="checkpoint")
-    add_training_settings(p, steps=1500, batch=8, lr=1e-3)
+    add_training_settings(p, steps=2600, batch=8, lr=2e-3)
     p = parser.command("sample", sample, "generate an image for every mask")
     p.add_argument("checkpoint", help="of train-control, or of train-base: masks are ignored")
     p.add_argument("masks", help="dataset .npz of masks")
@@ -344,7 +331,7 @@ def main(argv=None):
     p.add_argument("judge", help="a TransUNet trained on real images, used for nothing else")
     p.add_argument("train", help="dataset .npz of real training images")
     p.add_argument("test", help="dataset .npz of real test images")
-    p.add_argument("sets", nargs="+", help="NAME=FILE of generated sets; same name: joined")
+    p.add_argument("sets", nargs="+", help="NAME=FILE or NAME-n.npz; one name: joined")
     p.add_argument("--attribute", default="race", help="group column")
     p.add_argument("--n", type=int, default=100, help="images a group at most")
     p.add_argument("--out", default="table1.csv", help="CSV file of Table 1")

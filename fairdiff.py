@@ -210,7 +210,7 @@ def draw_vessels(rng, size, centre, radius):
     angle = heading[:, None] + rng.normal(bend, 0.09, (24, 22)).cumsum(1)
     steps = 0.035 * np.stack([np.cos(angle), np.sin(angle)], 2).cumsum(1)       # (24, 22, 2)
     for i in range(24):
-        if i >= 8:                                                      # a branch of trunk i // 2 - 4
+        if i >= 8:                                                      # branch of trunk i // 2 - 4
             start[i] += steps[i // 2 - 4, rng.integers(5, 20)]
             width[i] *= 0.6
         path = ((start[i] + steps[i]) * fine).ravel().tolist()
@@ -352,7 +352,7 @@ def save_split(args, data, had_disc=False):
     if (parts != "").any():
         train, test = np.flatnonzero(parts == "train"), np.flatnonzero(parts == "test")
     if not len(train) or not len(test):
-        raise InputError(f"{len(train)} images to train, {len(test)} to test; expected some in both")
+        raise InputError(f"{len(train)} images to train, {len(test)} to test; expected both")
     save_set(f"{args.out}/train.npz", subset(data, train))
     save_set(f"{args.out}/test.npz", subset(data, test))
     save_group_grid(f"{args.out}/train.npz.png", subset(data, train), attribute)
@@ -452,7 +452,7 @@ def images(args):
         mask = mask.convert("L") if mask.mode in ("LA", "RGB", "RGBA") else mask
         mask = np.asarray(mask).astype(int)
         if mask.shape != image.shape or not np.isin(mask, labels).all():
-            raise ValueError(f"image {image.shape}, mask {mask.shape}, values {np.unique(mask)[:6]}; "
+            raise ValueError(f"image {image.shape}, mask {mask.shape}, {np.unique(mask)[:6]}; "
                              f"expected one shape and the values {labels} of --labels")
         mask = np.select([mask == value for value in labels], range(len(labels)))
         return image, mask.astype(np.uint8), dict(list(table[name].items())[1:])
@@ -529,7 +529,7 @@ class Run:
     """One training: network, the EMA of its weights, optimizer, step and losses, in one file.
 
     Continues an interrupted training of the same config. All that is random in a step comes from
-    (seed, step), so that on a CPU it ends bit for bit like an unbroken one. InputError: other config.
+    (seed, step), so that on a CPU it ends bit for bit like an unbroken one. InputError: new config.
     """
     def __init__(self, path, config, net, optimizer, decay):
         self.path, self.config, self.net, self.optimizer = path, config, net, optimizer
@@ -571,8 +571,8 @@ class Run:
         if self.step % 50 == 49 or self.step + 1 == self.config["steps"]:
             self.losses.append([self.step + 1, loss.item()])
             if not all(value.isfinite().all() for value in (loss, *weights.values())):
-                raise FloatingPointError(f"loss {loss.item()} at step {self.step + 1}: use a smaller"
-                                         f" --lr; {self.path} keeps the last good state")
+                raise FloatingPointError(f"loss {loss.item()} at step {self.step + 1}: lower --lr?"
+                                         f" {self.path} keeps the last good state")
 
     def save(self):
         """Write the checkpoint, whole or not at all."""
@@ -654,7 +654,8 @@ def report(args):
     if not (out / "results.csv").is_file():
         raise InputError(f"{out}: no results.csv; expected the folder of a finished train.sh")
     page = ["<!doctype html><html lang=en><meta charset=utf-8><title>FairDiff</title><meta "
-            "name=viewport content='width=device-width'><style>:root{color-scheme:light dark}body{font:16px/1.5 "
+            "name=viewport content='width=device-width'><style>:root{color-scheme:light dark}"
+            "body{font:16px/1.5 "
             "sans-serif;max-width:60em;margin:auto;padding:1em}pre{overflow-x:auto;font-size:13px}"
             "img{max-width:100%}div{margin:2px;padding:0 .3em}</style><h1>FairDiff</h1>",
             dice_chart(out / "results.csv")]
@@ -765,7 +766,7 @@ def main(argv=None):
     p.add_argument("--test", type=natural, default=2000, help="test images")
     p.add_argument("--shift", type=float, default=1.0, help="how far the races differ")
     p.add_argument("--balance", choices=MARGINALS, help="column whose groups are made equal")
-    p.add_argument("--rare", type=natural, help="training images of the rarest race (default: 9.2 %%)")
+    p.add_argument("--rare", type=natural, help="training images of the rarest race (9.2 %%)")
     p.add_argument("--seed", type=natural, default=0, help="draws everything")
     sources = [p]
     p = parser.command("fairseg", fairseg, "import Harvard-FairSeg files")
@@ -788,7 +789,8 @@ def main(argv=None):
         p.add_argument("--out", default="data", help="folder for train.npz and test.npz")
         p.add_argument("--size", type=positive, default=64, help="pixels a side")
     for p in sources[1:]:
-        p.add_argument("--crop", type=number_or("disc"), default=512, help="side of the centred square, or disc")
+        p.add_argument("--crop", type=number_or("disc"), default=512,
+                       help="side of the centred square, or disc: around the disc")
         p.add_argument("--test-share", type=float, default=0.2, help="if no split is given")
         p.add_argument("--skip-bad", action="store_true", help="leave out unusable files")
         p.add_argument("--files", help="checksum of the files; train.sh notices where they change")
@@ -800,7 +802,8 @@ def main(argv=None):
     p.add_argument("real", help="dataset .npz of real images")
     p.add_argument("synthetic", nargs="+", help="datasets .npz of synthetic images")
     p.add_argument("--attribute", default="race", help="group column")
-    p.add_argument("--target", type=number_or("max"), help="images a group, or max (default: real images / groups)")
+    p.add_argument("--target", type=number_or("max"),
+                   help="images a group, or max: the largest (default: real images / groups)")
     p.add_argument("--n-real", type=positive, help="first draw so many real images")
     p.add_argument("--seed", type=natural, default=0, help="draws who is kept")
     p.add_argument("--out", default="mixed.npz", help="the mixed dataset")

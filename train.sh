@@ -30,7 +30,7 @@ fi
 SCALE=${SCALE:-$("$python" -c 'import torch; print("gpu" if torch.cuda.is_available() else "cpu")')}
 case $SCALE in
   smoke) set -- 32 96 60 8 60 10 10 10 "8 --keep-invalid" 4 1 ;;
-  cpu) set -- 64 1000 2000 8 2800 350 1300 1120 32 10 1 ;;
+  cpu) set -- 64 1000 2000 8 2800 200 2600 1120 32 10 1 ;;
   gpu) set -- 128 8000 2000 48 10000 3000 6000 3000 100 50 "" ;;
   paper) set -- 224 8000 2000 48 2000000 50000 100000 "50000 --base --optimizer sgd" 100 50 "" ;;
   *) die "SCALE=$SCALE: expected smoke, cpu, gpu or paper" ;;
@@ -85,7 +85,7 @@ generate() {
   stage score-masks-$1 pointdiff.py evaluate masks-$1.npz $real $test $groups --out masks-$1.csv
   stage control-$1 controlnet.py train-control $real base.pt "${@:2}" --steps ${s[6]} --batch ${s[3]} $seed --out control-$1.pt
   stage synthetic-$1 controlnet.py sample control-$1.pt masks-$1.npz --steps ${s[9]} $seed --out synthetic-$1.npz
-  stage real-masks-$1 controlnet.py sample control-$1.pt $real "${@:2}" --n 100 --steps ${s[9]} $seed --out real-masks-$1.npz
+  stage real-masks-$1 controlnet.py sample control-$1.pt $real --n 100 --steps ${s[9]} $seed --out real-masks-$1.npz
 }
 models() {
   local n=0 name

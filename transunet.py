@@ -197,7 +197,7 @@ class TransUNet(nn.Module):
 
     @torch.no_grad()
     def load_npz(self, path):
-        """Fill from Google's R50+ViT-B_16.npz; returns the names not filled. InputError: other file."""
+        """Fill from Google's R50+ViT-B_16.npz; returns the names not filled. InputError: not it."""
         own = dict(self.named_parameters())
         left = [name for name in own if name.startswith(("bridge", "ups", "head"))]
         key = ""

@@ -60,8 +60,11 @@ def test_from_base_to_evaluation(set_file, phantom, tmp_path, capsys):
         out = str(tmp_path / f"{name}.npz")
         assert controlnet.main(["sample", *argv, set_file, "--steps", "2", "--out", out]) == 0
         data = fairdiff.load_set(out)
-        row = [data["name"].tolist().index(name) for name in phantom["name"]]
-        assert all(np.array_equal(data[key][row], phantom[key]) for key in ("mask", "name", "race"))
+        names = data["name"].tolist()
+        own = phantom["race"] == "White" if name == "e" else phantom["race"] != ""      # a model of one group
+        row = [names.index(name) for name in phantom["name"][own]]
+        assert len(names) == own.sum()
+        assert all(np.array_equal(data[key][row], phantom[key][own]) for key in ("mask", "name", "race"))
         images[name] = data["image"]
     assert np.array_equal(images["a"], images["b"])
     assert len({images[name].tobytes() for name in "acde"}) == 4
