@@ -64,7 +64,7 @@ stage() {
 # beside COMMAND: run it beside the others as soon as a core is free; join: wait for all (bash 3.2 has no wait -n)
 beside() { while [ "$(jobs -rp | wc -l)" -ge $lanes ]; do sleep 0.2; done; "$@" & pids="$pids $!"; }
 join() { for pid in $pids; do wait $pid || exit; done; pids=""; }
-trap 'for p in $pids; do kill -- -$p; done 2> /dev/null' EXIT
+trap 'for p in $pids; do kill -- -$p 2> /dev/null || true; done' EXIT
 trap 'echo "train.sh: interrupted; the same command continues" >&2; exit 130' INT TERM HUP
 
 # 1. Data; the oracle is topped up with fresh real patients, which only the phantom has

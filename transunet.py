@@ -320,6 +320,8 @@ def train(args):
     rows, held_out = split_rows(data, args.val, args.attribute)
     if not data["mask"][rows].any():
         raise InputError(f"{args.set}: all masks are empty; expected labels 1 and 2 in some")
+    if args.batch // world == 1 and data["mask"][0].size == 256:        # BatchNorm of one value
+        raise InputError("one image of 16 px a step; expected --batch 2 or larger images")
     config = vars(args) | {"kind": "transunet", "groups": names, "weights": bool(args.weights)}
     config["data"] = zlib.crc32(data["image"].tobytes() + data["mask"].tobytes() + code.tobytes())
     for key in ("command", "run", "set", "out", "device"):              # these may change
