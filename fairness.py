@@ -163,8 +163,8 @@ def set_distance(generated, test, train):
     generated, test = generated[:n], test[:n]
     between = cdist(generated, test)
     mmd, cov = mmd_cov(between)
-    apart = np.sort(cdist(train, train), axis=1)[:, 1]                  # each one's nearest other
-    memorised = (cdist(generated, train).min(1) < np.quantile(apart, 0.01)).mean()
+    nearest = np.sort(cdist(train, train), axis=1)[:, 1]                # of other training items
+    memorised = (cdist(generated, train).min(1) < np.quantile(nearest, 0.01)).mean()
     return {"n": n, "frechet": frechet_distance(generated, test), "mmd": mmd, "cov": cov,
             "1-nna": one_nna(cdist(generated, generated), cdist(test, test), between),
             "memorised": memorised}

@@ -336,6 +336,8 @@ def train(args):
     if args.optimizer == "sgd":
         optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=1e-4)
     run = Run(args.out, config, net, optimizer, 0.995)
+    if world > 1 and device.type == "cuda":             # shares the weights with net
+        nn.SyncBatchNorm.convert_sync_batchnorm(net)
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     weight = draw_weights(code[rows], args.method).to(device)
     image = torch.as_tensor(data["image"][rows], device=device)
@@ -366,12 +368,16 @@ def train(args):
         loss.backward()
         optimizer.step()
         run.update(loss)
-    shown = held_out if len(held_out) else rows[:500]
-    image, mask = data["image"][shown], data["mask"][shown]
-    pred = predict_masks(run.ema, image, device)
+    part = "held-out" if len(held_out) else "training"
+    report_dice(args, run.ema, data, held_out if len(held_out) else rows[:500], part, device)
+
+def report_dice(args, net, data, rows, part, device):
+    """Print the mean Dice on some rows of a set, and write a picture of the first eight."""
+    image, mask = data["image"][rows], data["mask"][rows]
+    pred = predict_masks(net, image, device)
     scores = [dice(pred, mask, label).mean() for label in structures(mask).values()]
-    print(f"transunet {args.method}: Dice {np.mean(scores):.4f} on {len(pred)} "
-          f"{'held-out' if len(held_out) else 'training'} images after {args.steps} steps")
+    print(f"transunet {args.method}: Dice {np.mean(scores):.4f} on {len(pred)} {part} images "
+          f"after {args.steps} steps")
     pictures = [image[:8], 127 * mask[:8], 127 * pred[:8]]
     save_grid(f"{args.out}.png", pictures, ["image", "truth", "predicted"])
 
