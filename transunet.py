@@ -250,7 +250,9 @@ def group_means(values, group, n_groups):
 def groupdro_loss(losses, group, q, rate):
     """GroupDRO (Sagawa et al. 2020, Algorithm 1) of losses (B,) and weights q (G,): loss, new q.
 
-    An absent group keeps its q, where the published code lets it decay; unknown images weigh 1.
+    Batches draw the groups equally often, as published, which favours the mean over all patients;
+    with natural batches, another method, the worst group gained more here. An absent group keeps
+    its q, where the published code lets it decay; unknown images weigh 1.
     """
     mean, count = group_means(losses, group, len(q))
     present = (count > 0).to(q.dtype)
