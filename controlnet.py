@@ -20,9 +20,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from fairdiff import (InputError, Parser, Run, add_training_settings, autocast, fingerprint,
-                      group_codes, load_checkpoint, load_set, run_command, save_group_grid,
-                      save_set, setup)
+from fairdiff import (InputError, Parser, Run, autocast, fingerprint, group_codes,
+                      load_checkpoint, load_set, positive, replacing, save_group_grid, save_set,
+                      setup)
 from fairness import dice, print_table, set_distance, structures
 from pointdiff import DDPM, timestep_embedding
 from transunet import draw_weights, load_segmenter, predict_masks
@@ -202,6 +202,8 @@ def train(args):
     show = torch.multinomial(odds, 24, replacement=True).cpu().numpy()
     data = {key: array[show] for key, array in data.items()}
     data["image"] = sample_images(run.ema, ddpm, config, code[show], data["mask"], device)
+    if config["kind"] == "base":
+        data["mask"] *= 0                               # which the base has not seen
     save_group_grid(f"{args.out}.png", data, config["attribute"])
 
 # ---- Sampling -----------------------------------------------------------------------------------
@@ -297,7 +299,7 @@ def evaluate(args):
         distance = set_distance(generated, reference, training)
         lines.append([label, *map("{:.4g}".format, distance.values())])
     heads = ["images", *distance]
-    with open(args.out, "w", newline="", encoding="utf-8") as file:
+    with replacing(args.out) as path, open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([heads, *lines])
     print_table("Table 1, on features of the judge", heads, lines)
 
@@ -309,21 +311,21 @@ def main(argv=None):
     p.add_argument("set", help="dataset .npz")
     p.add_argument("--attribute", default="race", help="group column")
     p.add_argument("--width", type=int, default=32, help="channels at first, divisible by 8")
-    p.add_argument("--patch", type=int, help="p x p pixels become channels (default: side / 32)")
+    p.add_argument("--patch", type=positive, help="p x p pixels become channels (side / 32)")
     p.add_argument("--out", default="base.pt", help="checkpoint")
-    add_training_settings(p, steps=200, batch=8, lr=2e-3)
+    p.training_settings(steps=200, batch=8, lr=2e-3)
     p = parser.command("train-control", train, "train the ControlNet")
     p.add_argument("set", help="dataset .npz")
     p.add_argument("base", help="what train-base wrote")
     p.add_argument("--group", help="train on this group alone, as the paper does")
     p.add_argument("--lock", action="store_true", help="freeze the decoder, too")
     p.add_argument("--out", default="control.pt", help="checkpoint")
-    add_training_settings(p, steps=2600, batch=8, lr=2e-3)
+    p.training_settings(steps=2600, batch=8, lr=2e-3)
     p = parser.command("sample", sample, "generate an image for every mask")
     p.add_argument("checkpoint", help="of train-control, or of train-base: masks are ignored")
     p.add_argument("masks", help="dataset .npz of masks")
-    p.add_argument("--n", type=int, help="masks a group at most (default: all)")
-    p.add_argument("--steps", type=int, default=10, help="sampler steps")
+    p.add_argument("--n", type=positive, help="masks a group at most (default: all)")
+    p.add_argument("--steps", type=positive, default=10, help="sampler steps")
     p.add_argument("--seed", type=int, default=0, help="draws the noise")
     p.add_argument("--out", default="synthetic.npz", help="the same rows with images")
     p.add_argument("--device", default="auto", help="as in train")
@@ -333,10 +335,10 @@ def main(argv=None):
     p.add_argument("test", help="dataset .npz of real test images")
     p.add_argument("sets", nargs="+", help="NAME=FILE or NAME-n.npz; one name: joined")
     p.add_argument("--attribute", default="race", help="group column")
-    p.add_argument("--n", type=int, default=100, help="images a group at most")
+    p.add_argument("--n", type=positive, default=100, help="images a group at most")
     p.add_argument("--out", default="table1.csv", help="CSV file of Table 1")
     p.add_argument("--device", default="auto", help="as in train")
-    return run_command(parser, argv)
+    return parser.run(argv)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -675,16 +675,47 @@ def report(args):
 
 # ---- Command line -------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line too, and with a method that adds a command."""
+    """argparse whose errors are one line too, for files with several commands."""
     def error(self, message):
         raise InputError(f"{message}; see `python {self.prog} --help`")
 
     def command(self, name, run, text):
+        """Add a command; run(args) is called for it. Returns its parser."""
         if self._subparsers is None:
             self.commands = self.add_subparsers(dest="command", required=True)
         p = self.commands.add_parser(name, help=text, description=text)
         p.set_defaults(run=run)
         return p
+
+    def training_settings(self, steps, batch, lr):
+        """Add the settings that all trainings share, with their defaults."""
+        self.add_argument("--steps", type=positive, default=steps, help="optimizer steps")
+        self.add_argument("--batch", type=positive, default=batch, help="items a step")
+        self.add_argument("--lr", type=float, default=lr, help="peak learning rate")
+        self.add_argument("--seed", type=natural, default=0, help="draws weights, batches, noise")
+        self.add_argument("--device", default="auto", help="cpu, cuda, mps, ... (cuda if it works)")
+
+    def run(self, argv):
+        """Run the command in argv; returns 0 done, 1 failed, 2 bad input, 130 interrupted."""
+        sys.stdout.reconfigure(errors="replace")        # for an ASCII terminal
+        sys.stderr.reconfigure(errors="replace")
+        try:
+            args = self.parse_args(argv)
+            started = time.perf_counter()
+            args.run(args)
+            print(f"{self.prog} {args.command}: {time.perf_counter() - started:.0f} s")
+            return 0
+        except BrokenPipeError:                         # `... | head` has read enough
+            sys.stdout = open(os.devnull, "w")
+            return 1
+        except (InputError, OSError) as error:
+            code, line = 2, error
+        except (FloatingPointError, torch.cuda.OutOfMemoryError) as error:
+            code, line = 1, error
+        except KeyboardInterrupt:
+            code, line = 130, "interrupted; the same command continues a training"
+        print(f"{self.prog}: {line}", file=sys.stderr)
+        return code
 
 def natural(text):
     """argparse type: a whole number from 0."""
@@ -701,36 +732,6 @@ def positive(text):
 def number_or(word):
     """argparse type: a whole number from 1, or one word."""
     return lambda text: text if text == word else positive(text)
-
-def add_training_settings(p, steps, batch, lr):
-    """The settings that all trainings share, with their defaults."""
-    p.add_argument("--steps", type=positive, default=steps, help="optimizer steps")
-    p.add_argument("--batch", type=positive, default=batch, help="items a step")
-    p.add_argument("--lr", type=float, default=lr, help="peak learning rate")
-    p.add_argument("--seed", type=natural, default=0, help="draws weights, batches and noise")
-    p.add_argument("--device", default="auto", help="cpu, cuda, mps, ... (auto: cuda or cpu)")
-
-def run_command(parser, argv):
-    """Parse argv, call args.run(args); returns 0 done, 1 failed, 2 bad input, 130 interrupted."""
-    sys.stdout.reconfigure(errors="replace")            # for an ASCII terminal
-    sys.stderr.reconfigure(errors="replace")
-    try:
-        args = parser.parse_args(argv)
-        started = time.perf_counter()
-        args.run(args)
-        print(f"{parser.prog} {args.command}: {time.perf_counter() - started:.0f} s")
-        return 0
-    except BrokenPipeError:                             # `... | head` has read enough
-        sys.stdout = open(os.devnull, "w")
-        return 1
-    except (InputError, OSError) as error:
-        code, line = 2, error
-    except (FloatingPointError, torch.cuda.OutOfMemoryError) as error:
-        code, line = 1, error
-    except KeyboardInterrupt:
-        code, line = 130, "interrupted; the same command continues a training"
-    print(f"{parser.prog}: {line}", file=sys.stderr)
-    return code
 
 def phantom(args):
     """Write OUT/train.npz, and unless --test is 0 OUT/test.npz, of phantom patients."""
@@ -809,7 +810,7 @@ def main(argv=None):
     p.add_argument("--out", default="mixed.npz", help="the mixed dataset")
     p = parser.command("report", report, "write one page with everything that a run made")
     p.add_argument("out", help="the folder of the run")
-    return run_command(parser, argv)
+    return parser.run(argv)
 
 if __name__ == "__main__":
     sys.exit(main())

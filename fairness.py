@@ -13,7 +13,7 @@ from collections import namedtuple
 import numpy as np
 from scipy.spatial.distance import cdist
 
-from fairdiff import InputError, Parser, group_codes, load_set, replacing, run_command
+from fairdiff import InputError, Parser, group_codes, load_set, replacing
 
 # N images, H W pixels, G groups, B resamples, D features. Group -1, unknown, counts in overall.
 
@@ -240,7 +240,7 @@ def main(argv=None):
     p.add_argument("predictions", nargs="+", help="NAME=FILE, or NAME:SEED=FILE of several")
     p.add_argument("--attribute", default="race", help="group column")
     p.add_argument("--out", default="results.csv", help="CSV file with every value")
-    return run_command(parser, argv)
+    return parser.run(argv)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,7 +10,6 @@ of sets learns to denoise them. At SCALE=cpu: two minutes, a loss of 0.1, 98 % o
 import csv
 import math
 import sys
-import zlib
 
 import numpy as np
 import torch
@@ -19,9 +18,8 @@ import torch.nn.functional as F
 from scipy import ndimage
 from tqdm import tqdm
 
-from fairdiff import (InputError, Parser, Run, add_training_settings, group_codes,
-                      load_checkpoint, load_set, positive, replacing, run_command, save_grid,
-                      save_set, setup)
+from fairdiff import (InputError, Parser, Run, fingerprint, group_codes, load_checkpoint,
+                      load_set, positive, replacing, save_grid, save_set, setup)
 from fairness import print_table, set_distance
 
 # B batch, N points, C channels, D latent numbers, M items of any number, H W mask.
@@ -121,8 +119,7 @@ def is_valid(points):
     outlines = [fit_outline(xy, SMOOTH) for xy in parts]
     depth = np.concatenate(list(map(depth_inside, outlines, parts)))
     smooth = (np.abs(depth) <= 0.03).mean() >= 0.95
-    angles = [polar(xy)[1] for xy in parts]                             # gaps: up to 30 degrees
-    gaps = [np.diff(angle, append=angle[0] + 2 * np.pi).max() for angle in angles]
+    gaps = [np.diff(polar(xy)[1]).max() for xy in parts]                # up to 30 degrees
     centre, radius = outlines[-1]
     ring = centre + radius[:, None] * np.stack([np.cos(ANGLES), np.sin(ANGLES)], 1)
     nested = len(parts) == 1 or depth_inside(outlines[0], ring).min() >= 0
@@ -291,7 +288,7 @@ def train(args):
     config |= {"kind": "points", "groups": names, "size": list(data["mask"].shape[1:]),
                "mean": mean.tolist(), "std": std.tolist(),
                "n_equal": round((code >= 0).sum() / len(names)) + 1,
-               "data": zlib.crc32(data["mask"].tobytes() + code.tobytes())}
+               "data": fingerprint(data["mask"], code)}
     torch.manual_seed(args.seed)
     net, ddpm = build(config, device)
     optimizer = torch.optim.Adam(net.parameters(), args.lr)
@@ -406,7 +403,7 @@ def main(argv=None):
     p.add_argument("--points", type=positive, default=256, help="points a cloud")
     p.add_argument("--predict", choices=("v", "eps"), default="v", help="paper: eps")
     p.add_argument("--schedule", choices=("cosine", "linear"), default="cosine", help="of noise")
-    add_training_settings(p, steps=2800, batch=32, lr=2e-3)
+    p.training_settings(steps=2800, batch=32, lr=2e-3)
     p = parser.command("sample", sample, "sample masks")
     p.add_argument("checkpoint", help="what train wrote")
     p.add_argument("--group", help="of this group alone")
@@ -423,7 +420,7 @@ def main(argv=None):
     p.add_argument("test", help="dataset .npz of test masks")
     p.add_argument("--attribute", default="race", help="group column")
     p.add_argument("--out", default="masks.csv", help="CSV file of the table")
-    return run_command(parser, argv)
+    return parser.run(argv)
 
 if __name__ == "__main__":
     sys.exit(main())

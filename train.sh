@@ -47,6 +47,7 @@ for row in $METHODS; do [[ " $rows " == *" $row "* ]] || die "METHODS=$METHODS: 
 [ -z "$DATA" ] || METHODS=${METHODS/oracle/} DATA=$(cd "$(dirname "$DATA")" && pwd)/$(basename "$DATA")
 [ -n "${METHODS// }" ] || die "METHODS=oracle: expected another row, only the phantom has an oracle"
 [[ -z $WEIGHTS || $WEIGHTS == /* ]] || WEIGHTS=$PWD/$WEIGHTS
+SPLIT=$(for file in $SPLIT; do [[ $file == /* ]] || file=$PWD/$file; echo "$file"; done)
 mkdir -p "$OUT/log" && cd "$OUT"                        # all paths are relative to it, so that it may be moved
 # stage NAME FILE COMMAND ARGS...: run one command, keep what it prints, skip it the next time
 stage() {
@@ -68,7 +69,7 @@ trap 'for p in $pids; do kill -- -$p 2> /dev/null || true; done' EXIT
 trap 'echo "train.sh: interrupted; the same command continues" >&2; exit 130' INT TERM HUP
 
 # 1. Data; the oracle is topped up with fresh real patients, which only the phantom has
-real=data/train.npz test=data/test.npz groups="--attribute $ATTRIBUTE" seed="--seed $SEED" s=("$@")
+real=data/train.npz test=data/test.npz groups="--attribute $ATTRIBUTE" seed="--seed $SEED" scale=("$@")
 if [ -z "$DATA" ]; then
   beside stage data fairdiff.py phantom --size $1 --train $2 --test $3 $seed ${RARE:+--rare $RARE} $groups --out data
   beside stage fresh fairdiff.py phantom --size $1 --train $2 --test 0 $seed --balance $ATTRIBUTE $groups --out fresh
@@ -80,17 +81,17 @@ fi
 join
 # 2. Points to masks (Section 2.2), 3. masks to images (Section 2.3): models of all groups, or 1, 2, ... of one each
 generate() {
-  stage points-$1 pointdiff.py train $real $groups "${@:2}" --steps ${s[4]} $seed --out points-$1.pt
-  stage masks-$1 pointdiff.py sample points-$1.pt --steps ${s[8]} $seed --out masks-$1.npz
+  stage points-$1 pointdiff.py train $real $groups "${@:2}" --steps ${scale[4]} $seed --out points-$1.pt
+  stage masks-$1 pointdiff.py sample points-$1.pt --steps ${scale[8]} $seed --out masks-$1.npz
   stage score-masks-$1 pointdiff.py evaluate masks-$1.npz $real $test $groups --out masks-$1.csv
-  stage control-$1 controlnet.py train-control $real base.pt "${@:2}" --steps ${s[6]} --batch ${s[3]} $seed --out control-$1.pt
-  stage synthetic-$1 controlnet.py sample control-$1.pt masks-$1.npz --steps ${s[9]} $seed --out synthetic-$1.npz
-  stage real-masks-$1 controlnet.py sample control-$1.pt $real --n 100 --steps ${s[9]} $seed --out real-masks-$1.npz
+  stage control-$1 controlnet.py train-control $real base.pt "${@:2}" --steps ${scale[6]} --batch ${scale[3]} $seed --out control-$1.pt
+  stage synthetic-$1 controlnet.py sample control-$1.pt masks-$1.npz --steps ${scale[9]} $seed --out synthetic-$1.npz
+  stage real-masks-$1 controlnet.py sample control-$1.pt $real --n 100 --steps ${scale[9]} $seed --out real-masks-$1.npz
 }
 models() {
   local n=0 name
-  stage base controlnet.py train-base $real $groups --steps ${s[5]} --batch ${s[3]} $seed --out base.pt
-  stage base-alone controlnet.py sample base.pt $real --n 100 --steps ${s[9]} $seed --out base-alone.npz
+  stage base controlnet.py train-base $real $groups --steps ${scale[5]} --batch ${scale[3]} $seed --out base.pt
+  stage base-alone controlnet.py sample base.pt $real --n 100 --steps ${scale[9]} $seed --out base-alone.npz
   [ -z "$side" ] || { generate all; return; }
   while IFS= read -r name <&3; do n=$((n + 1)); generate $n --group "$name"; done 3< <("$python" -c 'import numpy, sys
 print(*sorted(set(numpy.load(sys.argv[1])[sys.argv[2]]) - {""}), sep="\n")' $real "$ATTRIBUTE")
@@ -99,7 +100,7 @@ print(*sorted(set(numpy.load(sys.argv[1])[sys.argv[2]]) - {""}), sep="\n")' $rea
 row() {
   local set=$real flags="--method $1"
   case $1 in equal) set=mixed.npz flags="" ;; oracle) set=oracle.npz flags="" ;; judge) flags="--method oversample --width 24" ;; esac
-  stage $1-$2 transunet.py train $set $flags $groups --steps ${s[7]} --batch ${s[3]} --seed $2 ${WEIGHTS:+--weights "$WEIGHTS"} --out $1-$2.pt
+  stage $1-$2 transunet.py train $set $flags $groups --steps ${scale[7]} --batch ${scale[3]} --seed $2 ${WEIGHTS:+--weights "$WEIGHTS"} --out $1-$2.pt
   stage predict-$1-$2 transunet.py predict $1-$2.pt $test --out pred/$1-$2.npz
 }
 rows() { for row in $METHODS; do for n in $SEEDS; do [[ " $1 " != *" $row "* ]] || beside row $row $n; done; done; }

@@ -10,16 +10,14 @@ B batch, C channels, H W image, L tokens, D their width, K classes, G groups; gr
 import math
 import re
 import sys
-import zlib
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fairdiff import (InputError, Parser, Run, add_training_settings, autocast, group_codes,
-                      load_checkpoint, load_set, run_command, save_grid, save_set, setup,
-                      split_rows)
+from fairdiff import (InputError, Parser, Run, autocast, fingerprint, group_codes,
+                      load_checkpoint, load_set, save_grid, save_set, setup, split_rows)
 from fairness import dice, structures
 
 # ---- Augmentation -------------------------------------------------------------------------------
@@ -250,9 +248,8 @@ def group_means(values, group, n_groups):
 def groupdro_loss(losses, group, q, rate):
     """GroupDRO (Sagawa et al. 2020, Algorithm 1) of losses (B,) and weights q (G,): loss, new q.
 
-    Batches draw the groups equally often, as published, which favours the mean over all patients;
-    with natural batches, another method, the worst group gained more here. An absent group keeps
-    its q, where the published code lets it decay; unknown images weigh 1.
+    Batches draw the groups equally often, as published; natural batches are another method. An
+    absent group keeps its q, where the published code lets it decay; unknown images weigh 1.
     """
     mean, count = group_means(losses, group, len(q))
     present = (count > 0).to(q.dtype)
@@ -325,7 +322,7 @@ def train(args):
     if args.batch // world == 1 and data["mask"][0].size == 256:        # BatchNorm of one value
         raise InputError("one image of 16 px a step; expected --batch 2 or larger images")
     config = vars(args) | {"kind": "transunet", "groups": names, "weights": bool(args.weights)}
-    config["data"] = zlib.crc32(data["image"].tobytes() + data["mask"].tobytes() + code.tobytes())
+    config["data"] = fingerprint(data["image"], data["mask"], code)
     for key in ("command", "run", "set", "out", "device"):              # these may change
         del config[key]
     strength = STRENGTH.get(args.method) if args.strength is None else args.strength
@@ -425,13 +422,13 @@ def main(argv=None):
     p.add_argument("--base", action="store_true", help="the published R50-ViT-B/16")
     p.add_argument("--weights", help="with --base: ImageNet-21k weights R50+ViT-B_16.npz")
     p.add_argument("--val", type=float, default=0, help="held-out share of each group")
-    add_training_settings(p, steps=1120, batch=8, lr=None)
+    p.training_settings(steps=1120, batch=8, lr=None)
     p = parser.command("predict", predict, "segment a dataset")
     p.add_argument("checkpoint", help="what train wrote")
     p.add_argument("set", help="dataset .npz")
     p.add_argument("--device", default="auto", help="as in train")
     p.add_argument("--out", default="pred.npz", help="the same images with predicted masks")
-    return run_command(parser, argv)
+    return parser.run(argv)
 
 if __name__ == "__main__":
     sys.exit(main())
