@@ -12,7 +12,7 @@ import copy
 import csv
 import math
 import sys
-from itertools import pairwise
+from itertools import cycle, islice, pairwise
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from fairdiff import (InputError, Parser, Run, autocast, fingerprint, group_codes,
-                      load_checkpoint, load_set, positive, replacing, save_group_grid, save_set,
+                      load_checkpoint, load_set, number_or, replacing, save_group_grid, save_set,
                       setup)
 from fairness import dice, print_table, set_distance, structures
 from pointdiff import DDPM, timestep_embedding
@@ -236,25 +236,30 @@ def sample(args):
     data = load_set(args.masks)
     net, ddpm, config = load_generator(args.checkpoint, device)
     code, names = group_codes(data, config["attribute"], config["groups"])
-    groups = [names.index(config["group"])] if config.get("group") else np.unique(code)
-    rows = np.concatenate([np.flatnonzero(code == g)[:args.n] for g in groups])
+    groups = [config["group"]] if config.get("group") else names
+    n = round((code >= 0).sum() / len(names)) + 1 if args.n == "equal" else args.n
+    rows = []
+    for name in groups:
+        own = np.flatnonzero(code == names.index(name))
+        rows += islice(cycle(own), n or len(own))                       # masks in turn
     data = {key: array[rows] for key, array in data.items()}
-    images = sample_images(net, ddpm, config, code[rows], data["mask"], device,
-                           args.steps, args.seed)
-    data |= {"image": images, "synthetic": np.ones(len(images), bool)}
+    data["name"] = np.array([f"{name}-{i}" for i, name in enumerate(data["name"])])
+    data["synthetic"][:] = True
+    data["image"] = sample_images(net, ddpm, config, code[rows], data["mask"], device,
+                                  args.steps, args.seed)
     save_set(args.out, data)
     save_group_grid(f"{args.out}.png", data, config["attribute"])
-    print(f"{args.out}: {len(images)} images")
+    print(f"{args.out}: {len(rows)} images")
 
 # ---- Evaluation: do images show their masks, and are they like real ones (Table 1)? -------------
-@torch.no_grad()
-def judge_features(judge, images, device, batch=100):
-    """Features (N, D) of images uint8 (N, H, W): means of the judge's second decoder stage."""
+def judge_images(judge, images, device):
+    """Predicted masks (N, H, W) of images uint8, and features (N, D): means in the decoder."""
     features = []
-    for part in torch.as_tensor(images).split(batch):
-        tokens, skips = judge.encode(part[:, None].to(device).float() / 255)
-        features.append(judge.decode(tokens, skips)[1].mean((2, 3)).cpu().numpy())
-    return np.concatenate(features).astype(float)
+    hook = judge.ups[1].register_forward_hook(
+        lambda module, inputs, output: features.append(output.float().mean((2, 3)).cpu().numpy()))
+    masks = predict_masks(judge, images, device)
+    hook.remove()
+    return masks, np.concatenate(features).astype(float)
 
 def evaluate(args):
     """Print the Dice of a judge on images against their masks, and Table 1, also as a CSV file."""
@@ -262,41 +267,37 @@ def evaluate(args):
     judge = load_segmenter(args.judge, device)
     train = load_set(args.train)
     _, names = group_codes(train, args.attribute)
-    scores, features = {}, {}                           # lists by (set, group)
+    results = {}                                        # by set: codes, Dice, features of each file
     for item in [f"real={args.test}", *args.sets]:
         label, _, path = item.rpartition("=")
         label = label or path.removesuffix(".npz").rpartition("-")[0]
         data = load_set(path)
         code, _ = group_codes(data, args.attribute, names)
-        pred = predict_masks(judge, data["image"], device)
+        pred, features = judge_images(judge, data["image"], device)
         labels = structures(train["mask"]).values()
-        dices = np.mean([dice(pred, data["mask"], k) for k in labels], 0)       # (N,)
-        vectors = judge_features(judge, data["image"], device)                  # (N, D)
-        for g, name in enumerate(names):
-            scores.setdefault((label, name), []).extend(dices[code == g])
-            features.setdefault((label, name), []).extend(vectors[code == g])
+        scores = np.mean([dice(pred, data["mask"], k) for k in labels], 0)      # (N,)
+        results.setdefault(label, []).append((code, scores, features))
     save_group_grid(f"{args.out}.png", data | {"mask": pred}, args.attribute)   # the last set
-    sets = list(dict.fromkeys(label for label, _ in scores))
-    lines = []
-    for label in sets:
-        means = [np.mean(scores[label, name] or np.nan) for name in names]
+    lines, sets = [], {}
+    for label, files in results.items():
+        code, scores, features = map(np.concatenate, zip(*files, strict=True))
+        sets[label] = [features[code == g] for g in range(len(names))]
+        means = [np.mean(scores[code == g]) if g in code else np.nan for g in range(len(names))]
         lines.append([label, *map("{:.4f}".format, means)])
     print_table("the judge's Dice on images against their masks", ["images", *names], lines)
-    for name in names:                                  # two sets of test images
-        real = features["real", name]
-        features["reference", name] = real[:len(real) // 2]
-        features["real", name] = real[len(real) // 2:]
-    sizes = {name: [len(features[label, name]) for label in [*sets, "reference"]] for name in names}
-    names = [name for name in names if min(sizes[name]) >= 4]
-    if not names:
+    halves = [np.array_split(own, 2) for own in sets["real"]]
+    sets |= {"real": [half[0] for half in halves], "reference": [half[1] for half in halves]}
+    sizes = [min(map(len, own)) for own in zip(*sets.values(), strict=True)]
+    groups = [g for g in range(len(names)) if sizes[g] >= 4]
+    if not groups:
         return print("no Table 1: expected 4 images of a group in every set, 8 in the test set")
-    n = min(args.n, *(min(sizes[name]) for name in names))              # of every group
-    training = judge_features(judge, train["image"], device)
-    reference = np.concatenate([features["reference", name][:n] for name in names])
+    n = min(args.n, *(sizes[g] for g in groups))                        # of every group
+    sets = {label: np.concatenate([own[g][:n] for g in groups]) for label, own in sets.items()}
+    reference = sets.pop("reference")
+    _, training = judge_images(judge, train["image"], device)
     lines = []
-    for label in sets:
-        generated = np.concatenate([features[label, name][:n] for name in names])
-        distance = set_distance(generated, reference, training)
+    for label, features in sets.items():
+        distance = set_distance(features, reference, training)
         lines.append([label, *map("{:.4g}".format, distance.values())])
     heads = ["images", *distance]
     with replacing(args.out) as path, open(path, "w", newline="", encoding="utf-8") as file:
@@ -311,7 +312,7 @@ def main(argv=None):
     p.add_argument("set", help="dataset .npz")
     p.add_argument("--attribute", default="race", help="group column")
     p.add_argument("--width", type=int, default=32, help="channels at first, divisible by 8")
-    p.add_argument("--patch", type=positive, help="p x p pixels become channels (side / 32)")
+    p.add_argument("--patch", type=int, help="p x p pixels become channels (side / 32)")
     p.add_argument("--out", default="base.pt", help="checkpoint")
     p.training_settings(steps=200, batch=8, lr=2e-3)
     p = parser.command("train-control", train, "train the ControlNet")
@@ -324,8 +325,9 @@ def main(argv=None):
     p = parser.command("sample", sample, "generate an image for every mask")
     p.add_argument("checkpoint", help="of train-control, or of train-base: masks are ignored")
     p.add_argument("masks", help="dataset .npz of masks")
-    p.add_argument("--n", type=positive, help="masks a group at most (default: all)")
-    p.add_argument("--steps", type=positive, default=10, help="sampler steps")
+    p.add_argument("--n", type=number_or("equal"), help="images a group, masks in turn (each once);"
+                   " equal: as many as Equal Scale needs")
+    p.add_argument("--steps", type=int, default=10, help="sampler steps")
     p.add_argument("--seed", type=int, default=0, help="draws the noise")
     p.add_argument("--out", default="synthetic.npz", help="the same rows with images")
     p.add_argument("--device", default="auto", help="as in train")
@@ -335,7 +337,7 @@ def main(argv=None):
     p.add_argument("test", help="dataset .npz of real test images")
     p.add_argument("sets", nargs="+", help="NAME=FILE or NAME-n.npz; one name: joined")
     p.add_argument("--attribute", default="race", help="group column")
-    p.add_argument("--n", type=positive, default=100, help="images a group at most")
+    p.add_argument("--n", type=int, default=100, help="images a group at most")
     p.add_argument("--out", default="table1.csv", help="CSV file of Table 1")
     p.add_argument("--device", default="auto", help="as in train")
     return parser.run(argv)

@@ -8,7 +8,6 @@
 The phantom is a caricature for teaching and testing and no medical evidence.
 """
 import argparse
-import base64
 import contextlib
 import copy
 import csv
@@ -17,7 +16,6 @@ import os
 import pathlib
 import re
 import sys
-import time
 import zlib
 
 import numpy as np
@@ -49,8 +47,7 @@ def equal_scale(real, synthetic, attribute, target=None, seed=0, n_real=None):
         need = max(0, target - sizes[g])
         drawn = rng.permutation(np.flatnonzero(synthetic_code == g))
         if len(drawn) < need:
-            raise InputError(f"group {name}: {len(drawn)} synthetic images, {need} needed; generate"
-                             f" more: `python pointdiff.py sample --group '{name}' --n {need}`")
+            raise InputError(f"group {name}: {len(drawn)} synthetic images; {need} are needed")
         mixed.append(subset(real, pool[code[pool] == g][:target]))      # D*_g,real
         mixed.append(subset(synthetic, drawn[:need]))                   # D*_g,synthetic
     mixed = concatenate(*mixed)                                         # Eq. 6
@@ -76,13 +73,12 @@ def group_codes(data, attribute, names=None):
 def check_set(data, where):
     """Fill in what a dataset may lack and check it; InputError names what is wrong in `where`."""
     for key in ("image", "mask"):
-        array = data.get(key, np.zeros(0))
+        array = np.asarray(data.get(key))
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape != data["image"].shape:
             raise InputError(f"{where}: {key} {array.dtype} {array.shape}, not uint8 (N, H, W)")
     n = len(data["image"])
     if data["mask"].size == 0 or data["mask"].max() > 2:
-        raise InputError(f"{where}: {n} images, labels {np.unique(data['mask'])[:9]}; expected "
-                         "labels 0 background, 1 rim, 2 cup")
+        raise InputError(f"{where}: {n} masks of {np.unique(data['mask'])[:9]}; expected 0, 1, 2")
     names = np.char.zfill(np.arange(n).astype(str), 6)
     data = {"name": names, "synthetic": np.zeros(n, bool)} | data
     for key in data.keys() - {"image", "mask", "synthetic"}:
@@ -92,7 +88,7 @@ def check_set(data, where):
         unknown = column.dtype.kind == "i" and column < 0               # codes are read as text
         data[key] = np.where(unknown, "", column.astype(str))
     if len(np.unique(data["name"])) < n:
-        raise InputError(f"{where}: a name occurs twice; expected one of its own for every image")
+        raise InputError(f"{where}: a name occurs twice; expected one for each image")
     return data
 
 def load_set(path):
@@ -126,13 +122,13 @@ def concatenate(*sets):
 
 def split_rows(data, share, attribute, seed=0):
     """Row numbers (train, held out): a share of the patients of every group is held out."""
+    code, _ = group_codes(data, attribute)
     patient = data.get("patient", data["name"])
     patient = np.where(patient == "", data["name"], patient)            # unknown: one of its own
     _, first, number = np.unique(patient, return_index=True, return_inverse=True)
-    group = data[attribute][first]
-    held_out = np.zeros(len(group), bool)
-    for name in np.unique(group):
-        members = np.random.default_rng(seed).permutation(np.flatnonzero(group == name))
+    held_out = np.zeros(len(first), bool)
+    for g in np.unique(code):
+        members = np.random.default_rng(seed).permutation(np.flatnonzero(code[first] == g))
         held_out[members[:round(share * len(members))]] = True
     return np.flatnonzero(~held_out[number]), np.flatnonzero(held_out[number])
 
@@ -198,29 +194,16 @@ def phantom_mask(rng, size, traits):
     return disc.astype(np.uint8) + (cup & ndimage.binary_erosion(disc))
 
 def draw_vessels(rng, size, centre, radius):
-    """Vessels in [0, 1] (size, size): eight trunks that leave the disc, and their branches."""
+    """Vessels in [0, 1] (size, size): eight lines that leave the disc up- and downwards."""
     fine = max(2, 256 // size) * size                                   # drawn fine, then averaged
     canvas = Image.new("L", (fine, fine))
-    side = np.tile((-1, 1), 4)
-    heading = np.repeat((-1, 1), 4) * (np.pi / 2 - side * rng.normal(0.45, 0.3, 8))
-    heading = np.concatenate([heading, np.repeat(heading, 2) + rng.choice((-0.7, 0.7), 16)])
-    start = np.tile(centre, (24, 1))
-    width = rng.uniform(0.10, 0.17, 24) * radius
-    bend = rng.normal(0, 0.03, (24, 1))
-    angle = heading[:, None] + rng.normal(bend, 0.09, (24, 22)).cumsum(1)
-    steps = 0.035 * np.stack([np.cos(angle), np.sin(angle)], 2).cumsum(1)       # (24, 22, 2)
-    for i in range(24):
-        if i >= 8:                                                      # branch of trunk i // 2 - 4
-            start[i] += steps[i // 2 - 4, rng.integers(5, 20)]
-            width[i] *= 0.6
-        path = ((start[i] + steps[i]) * fine).ravel().tolist()
-        ImageDraw.Draw(canvas).line(path, fill=255, width=max(1, round(width[i] * fine)))
+    for i in range(8):
+        heading = (i % 2 - 0.5) * np.pi + rng.normal(0.45, 0.3) * (1 if i < 4 else -1)
+        angle = heading + rng.normal(rng.normal(0, 0.03), 0.09, 22).cumsum()
+        path = centre + 0.035 * np.stack([np.cos(angle), np.sin(angle)], 1).cumsum(0)
+        width = max(1, round(rng.uniform(0.10, 0.17) * radius * fine))
+        ImageDraw.Draw(canvas).line((path * fine).ravel().tolist(), fill=255, width=width)
     return np.asarray(canvas.resize((size, size), Image.Resampling.BOX), np.float32) / 255
-
-def random_field(rng, size, cells):
-    """A smooth random field (size, size) with about `cells` bumps a side."""
-    coarse = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
-    return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
 
 def phantom_image(rng, mask, traits):
     """A grey image uint8 (S, S) as a scanning laser ophthalmoscope might see over a mask."""
@@ -230,9 +213,9 @@ def phantom_image(rng, mask, traits):
     vessels = draw_vessels(rng, size, centre, np.sqrt(disc.mean() / np.pi))
     disc = ndimage.gaussian_filter(disc, 0.013 * size)
     cup = ndimage.gaussian_filter((mask == 2).astype(np.float32), 0.015 * size)
-    image = traits["fundus"] + rng.normal(0, 0.035)
-    image = image + 0.022 * random_field(rng, size, 6) + 0.018 * random_field(rng, size, 20)
-    image += (0.18 + rng.normal(0, 0.025)) * disc * (1 + 0.12 * random_field(rng, size, 5))
+    texture = ndimage.zoom(rng.standard_normal((8, 8)), size / 8)
+    image = traits["fundus"] + rng.normal(0, 0.035) + 0.03 * texture
+    image += (0.18 + rng.normal(0, 0.025)) * disc
     image += (traits["cup"] + rng.normal(0, 0.03)) * cup
     image *= 1 - traits["vessel"] * vessels * (1 - 0.35 * cup)          # fainter inside the cup
     c = np.linspace(-1, 1, size)
@@ -317,61 +300,70 @@ def crop_and_resize(image, mask, crop, size):
     return np.asarray(image), np.asarray(mask)
 
 def import_all(args, names, read):
-    """A dataset of what read(name) returns for all names, and whether masks had a disc uncropped.
+    """A dataset of what read(name) returns: image uint8 and mask (H, W), a dict of group names.
 
-    read: image and mask uint8 (H, W), and a dict of the patient's groups, perhaps with "split".
+    The values args.labels of a mask become 0, 1, 2. InputError: a file cannot be used.
     """
-    images, masks, rows, had_disc, bad = [], [], [], [], []
+    images, masks, rows = [], [], []
     for name in tqdm(names, "import", disable=None):
         try:
             image, mask, groups = read(name)
+            if mask.shape != image.shape or not np.isin(mask, args.labels).all():
+                raise ValueError(f"image {image.shape}, mask {mask.shape} of {np.unique(mask)[:6]};"
+                                 f" expected one shape and the values {args.labels}")
         except Exception as error:                      # damaged files raise a dozen types
-            bad.append(f"{name}: {type(error).__name__} {error}")
+            if not args.skip_bad:
+                raise InputError(f"{name}: {error!r}; mend it, or use --skip-bad") from None
+            print(f"left out {name}: {error!r}")
             continue
-        had_disc.append(mask.any())
-        image, mask = crop_and_resize(image, mask, args.crop, args.size)
+        mask = np.select([mask == value for value in args.labels], range(len(args.labels)))
+        image, mask = crop_and_resize(image, mask.astype(np.uint8), args.crop, args.size)
         images.append(image)
         masks.append(mask)
         rows.append({"name": pathlib.Path(name).stem} | groups)
-    if bad:
-        print("\n".join(bad))
-        if not args.skip_bad or not rows:
-            raise InputError(f"{len(bad)} of {len(names)} files cannot be used, such as {bad[0]}; "
-                             "mend them, or leave them out with --skip-bad")
+    if not rows:
+        raise InputError(f"none of {len(names)} files can be used")
     columns = {key: np.array([row[key] for row in rows]) for key in rows[0]}
-    return {"image": np.stack(images), "mask": np.stack(masks)} | columns, np.array(had_disc)
+    return {"image": np.stack(images), "mask": np.stack(masks)} | columns
 
-def save_split(args, data, had_disc=False):
-    """Write a set as OUT/train.npz and OUT/test.npz: as its column split says, or by patients."""
+def save_parts(args, **parts):
+    """Write the sets train and test into the folder OUT, a picture, and print what is in them."""
+    train = parts["train"]
+    attribute = args.attribute or next(iter(group_columns(train)), "")
+    group_codes(train, attribute)                       # InputError before anything is written
+    for part, data in parts.items():
+        save_set(f"{args.out}/{part}.npz", data)
+    save_group_grid(f"{args.out}/train.npz.png", train, attribute)
+    for part, data in parts.items():
+        print(f"{args.out}/{part}.npz: {len(data['name'])} images")
+    describe(concatenate(*parts.values()))
+
+def split_set(args, data):
+    """Split a set as its column split says, or by patients, and write both parts."""
     parts = data.pop("split", np.array([""]))
     data = check_set(data, args.out)
-    attribute = args.attribute or (group_columns(data) or ["synthetic"])[0]
-    if args.attribute:
-        group_codes(data, attribute)                    # InputError before anything is written
-    train, test = split_rows(data, args.test_share, attribute)
-    if (parts != "").any():
-        train, test = np.flatnonzero(parts == "train"), np.flatnonzero(parts == "test")
+    train, test = np.flatnonzero(parts == "train"), np.flatnonzero(parts == "test")
+    if (parts == "").all():
+        attribute = args.attribute or next(iter(group_columns(data)), "")
+        train, test = split_rows(data, args.test_share, attribute)
     if not len(train) or not len(test):
         raise InputError(f"{len(train)} images to train, {len(test)} to test; expected both")
-    save_set(f"{args.out}/train.npz", subset(data, train))
-    save_set(f"{args.out}/test.npz", subset(data, test))
-    save_group_grid(f"{args.out}/train.npz.png", subset(data, train), attribute)
-    print(f"{len(train)} images to train, {len(test)} to test; the others are in neither part")
-    describe(data, had_disc)
+    save_parts(args, train=subset(data, train), test=subset(data, test))
+    print(f"{len(data['name']) - len(train) - len(test)} images are in neither part")
 
-def describe(data, had_disc=False):
-    """Print what is in a set and warn of what looks wrong; had_disc (N,): before it was cropped."""
+def describe(data):
+    """Print what is in a set, and warn of what looks wrong."""
     mask = data["mask"]
     border = np.concatenate([mask[:, 0], mask[:, -1], mask[:, :, 0], mask[:, :, -1]], 1)
-    disc, cup, cut = mask.any((1, 2)), (mask == 2).any((1, 2)), border.any(1)
+    empty, cup, cut = ~mask.any((1, 2)), (mask == 2).any((1, 2)), border.any(1)
     hole = np.array([(ndimage.binary_fill_holes(m == 2) & (m == 0)).any() for m in mask])
-    print(f"{len(mask)} images, labels {np.unique(mask)}; masks without disc {(~disc).sum()}, "
+    print(f"{len(mask)} images, labels {np.unique(mask)}; masks without disc {empty.sum()}, "
           f"without cup {(~cup).sum()}, cut by the border {cut.sum()}")
     for key in group_columns(data):
         names, counts = np.unique(data[key], return_counts=True)
         names = np.where(names == "", "unknown", names)
         print(f"  {key}: " + ", ".join(map("{} {}".format, names, counts)))
-    warnings = {"lost their disc by the crop": had_disc & ~disc,
+    warnings = {"have no disc, perhaps by the crop": empty,
                 "have a disc that the border cuts": cut,
                 "have a cup at the border or around background: check --labels":
                     (border == 2).any(1) | hole,
@@ -380,43 +372,36 @@ def describe(data, had_disc=False):
         if found.sum() > (0.01 * len(mask) if i < 2 else 0):
             print(f"warning: {found.sum()} images {text}: {', '.join(data['name'][found][:5])}")
 
-def patient_name(text):
-    """The name in a path without folder, .npz and padding of numbers: lists write 5 digits or 6."""
-    stem = re.split(r"[/\\]", text.strip())[-1].removesuffix(".npz")
-    return re.sub(r"0*(\d+)", r"\1", stem)
-
-def listed_parts(folder, lists):
-    """"train" or "test" by patient, from lists TRAIN.txt and TEST.txt, or those in the folder."""
-    usual = [folder / "train.txt", folder / "test.txt"]
-    lists = [pathlib.Path(path) for path in lists or usual if lists or path.is_file()]
-    if len(lists) not in (0, 2):
-        raise InputError(f"{len(lists)} lists, {lists[0]}; expected --split TRAIN.txt TEST.txt")
+def listed_parts(lists):
+    """{number: "train" or "test"} of lists TRAIN.txt and TEST.txt of names like data_00001.npz."""
     part_of = {}
     for path, part in zip(lists, ("train", "test"), strict=False):
-        names = {patient_name(line) for line in path.open(encoding="utf-8-sig") if line.strip()}
-        if names & part_of.keys():
-            raise InputError(f"{path}: {min(names & part_of.keys())} is in both lists, not in one")
-        part_of |= dict.fromkeys(names, part)
+        text = pathlib.Path(path).read_text(encoding="utf-8-sig")
+        for number in re.findall(r"(\d+)(?:\.npz)?\s*$", text, re.M):    # of 5 digits or of 6
+            if part_of.setdefault(int(number), part) != part:
+                raise InputError(f"{path}: {number} is in both lists; expected it in one")
     return part_of
 
 def fairseg(args):
     """Import a folder of Harvard-FairSeg files."""
     folder = pathlib.Path(args.folder)
     paths = sorted(path for path in folder.rglob("*.npz") if not path.name.startswith("."))
-    if not paths:
-        raise InputError(f"{folder}: no .npz files; expected Harvard-FairSeg's data_00001.npz, ...")
-    part_of = listed_parts(folder, args.split)
+    lists = args.split or sorted(folder.glob("t*.txt"), reverse=True)   # train.txt, test.txt
+    if not paths or len(lists) not in (0, 2):
+        raise InputError(f"{folder}: {len(paths)} files like data_00001.npz and {len(lists)} lists;"
+                         " expected files, and both train.txt and test.txt or neither")
+    part_of = listed_parts(lists)
 
     def read(path):
         with np.load(path, allow_pickle=False) as file:
-            found = {key: file[key] for key in file.files}
+            found = dict(file)
         image = [to_grey(found[key]) for key in FAIRSEG_IMAGE if key in found]
-        mask = [np.squeeze(found[key]) for key in FAIRSEG_MASK if key in found]
-        if not image or not mask or image[0].shape != mask[0].shape or abs(mask[0]).max() > 2:
-            raise ValueError(f"found {', '.join(found)}; expected slo_fundus and disc_cup_mask of "
-                             "one shape, with labels 0, -1, -2")
+        mask = [abs(np.squeeze(found[key])) for key in FAIRSEG_MASK if key in found]
+        if not image or not mask:
+            raise ValueError(f"found {', '.join(found)}; expected slo_fundus and disc_cup_mask")
+        number = int(re.findall(r"\d+", path.stem)[-1])
         part = {"Training": "train", "Test": "test"}.get(path.parent.name, "")
-        groups = {"split": part_of.get(patient_name(path.name), part if not part_of else "")}
+        groups = {"split": part_of.get(number, "") if part_of else part}
         for key, names in FAIRSEG_GROUPS.items():
             alias = {"gender": "male", "ethnicity": "hispanic"}.get(key)
             code = int(np.ravel(found.get(key, found.get(alias, -1)))[0])
@@ -424,57 +409,47 @@ def fairseg(args):
         age = float(np.ravel(found.get("age", -1))[0])
         age = age / 365.25 if age > 150 else age        # one release counts days
         groups["age"] = "" if age <= 0 else "<60" if age < 60 else ">=60"
-        return image[0], abs(mask[0]).astype(np.uint8), groups          # -1 or 1 rim, -2 or 2 cup
+        return image[0], mask[0], groups                # -1 or 1 rim, -2 or 2 cup
 
-    data, had_disc = import_all(args, paths, read)
+    data = import_all(args, paths, read)
     if np.isin(data["race"], ("code 3", "code 7")).any():               # a book with codes 2, 3, 7
         book = {"White": "Asian", "code 3": "Black", "code 7": "White"}
         data["race"] = np.array([book.get(name, "") for name in data["race"]])
-    save_split(args, data, had_disc)
+    split_set(args, data)
 
 def images(args):
     """Import pictures, masks of the same name, and a table whose first column names them."""
     with open(args.groups, newline="", encoding="utf-8-sig") as file:
         table = {next(iter(row.values())): row for row in csv.DictReader(file)}
-    if not table:
-        raise InputError(f"{args.groups}: no rows; expected names of columns, then a row an image")
-    labels = args.labels
-    files = {folder: {path.stem: path for path in sorted(pathlib.Path(folder).glob("[!.]*"))}
-             for folder in (args.images, args.masks)}
+    pictures, masks = ({path.stem: path for path in sorted(pathlib.Path(folder).glob("[!.]*"))}
+                       for folder in (args.images, args.masks))
 
     def read(name):
-        stem = name if name in files[args.images] else pathlib.Path(name).stem
-        picture, mask = Image.open(files[args.images][stem]), Image.open(files[args.masks][stem])
+        stem = name if name in pictures else pathlib.Path(name).stem
+        picture, mask = Image.open(pictures[stem]), Image.open(masks[stem])
         if picture.mode == "P" or args.channel == "green":
             picture = picture.convert("RGB")
         image = np.asarray(picture)
         image = image[..., 1] if args.channel == "green" else to_grey(image)
-        mask = mask.convert("L") if mask.mode in ("LA", "RGB", "RGBA") else mask
-        mask = np.asarray(mask).astype(int)
-        if mask.shape != image.shape or not np.isin(mask, labels).all():
-            raise ValueError(f"image {image.shape}, mask {mask.shape}, {np.unique(mask)[:6]}; "
-                             f"expected one shape and the values {labels} of --labels")
-        mask = np.select([mask == value for value in labels], range(len(labels)))
-        return image, mask.astype(np.uint8), dict(list(table[name].items())[1:])
+        mask = mask.convert("L") if mask.mode.startswith("RGB") else mask
+        return image, np.asarray(mask), dict(list(table[name].items())[1:])
 
-    print(f"{len(files[args.images]) - len(table)} more pictures than rows in {args.groups}")
-    save_split(args, *import_all(args, list(table), read))
+    print(f"{len(pictures) - len(table)} more pictures than rows in {args.groups}")
+    split_set(args, import_all(args, list(table), read))
 
 def split(args):
-    """Check a dataset, one file or a folder with train.npz and test.npz, and split it in two."""
-    if not os.path.isdir(args.set):
-        return save_split(args, load_set(args.set))
-    train, test = load_set(f"{args.set}/train.npz"), load_set(f"{args.set}/test.npz")
-    parts = np.repeat(["train", "test"], [len(train["name"]), len(test["name"])])
-    save_split(args, concatenate(train, test) | {"split": parts})
+    """Check a dataset, one file or a folder with train.npz and test.npz, and write two parts."""
+    if os.path.isfile(args.set):
+        return split_set(args, load_set(args.set))
+    save_parts(args, **{part: load_set(f"{args.set}/{part}.npz") for part in ("train", "test")})
 
 def export(args):
     """Write a dataset as Harvard-FairSeg files, or with --png as pictures."""
     data, folder = load_set(args.set), pathlib.Path(args.folder)
-    for path in (folder / "image", folder / "mask") if args.png else (folder,):
-        path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
-            raise InputError(f"{path}: holds files; expected a new folder, or patients would mix")
+    for name in ("image", "mask") if args.png else ("",):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    if any(path.is_file() for path in folder.rglob("*")):
+        raise InputError(f"{folder}: holds files; expected a new folder, or patients would mix")
     for i in range(len(data["name"])):
         patient = subset(data, i)
         if args.png:
@@ -497,19 +472,16 @@ def setup(name):
     world = int(os.environ.get("WORLD_SIZE", 1))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and world > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}; try cpu") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
-    elif "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
-        torch.set_num_threads(len(os.sched_getaffinity(0)))             # the cores it may use
-    if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if world > 1:
+        torch.distributed.init_process_group()
         if torch.distributed.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")          # only rank 0 prints
     return device, world
@@ -604,19 +576,17 @@ def overlay(image, mask):
         rgb[region & ~ndimage.binary_erosion(region)] = colour
     return rgb
 
-def save_grid(path, rows, labels, note=""):
+def save_grid(path, rows, labels):
     """Write a PNG with one labelled row of pictures, uint8 (H, W) or (H, W, 3), per entry."""
-    h, w = rows[0][0].shape[:2]
-    zoom = max(1, 128 // h)
-    h, w, left = h * zoom + 2, w * zoom + 2, 20 + 8 * max(map(len, labels))
-    grid = Image.new("RGB", (left + max(map(len, rows)) * w, 20 + len(rows) * h), "white")
-    pen = ImageDraw.Draw(grid)
-    pen.text((6, 3), note, "black")
+    zoom = max(1, 128 // len(rows[0][0]))
+    h, w = zoom * np.array(rows[0][0].shape[:2])
+    left = 20 + 8 * max(map(len, labels))
+    grid = Image.new("RGB", (left + max(map(len, rows)) * (w + 2), len(rows) * (h + 2)), "white")
     for i, row in enumerate(rows):
-        pen.text((6, 12 + i * h + h // 2), labels[i], "black")
+        ImageDraw.Draw(grid).text((6, i * (h + 2) + h // 2), labels[i], "black")
         for j, picture in enumerate(row):
-            tile = Image.fromarray(picture).resize((w - 2, h - 2), Image.Resampling.NEAREST)
-            grid.paste(tile, (left + j * w, 20 + i * h))
+            tile = Image.fromarray(picture).resize((w, h), Image.Resampling.NEAREST)
+            grid.paste(tile, (left + j * (w + 2), i * (h + 2)))
     with replacing(path) as temporary:
         grid.save(temporary, "PNG")
 
@@ -629,49 +599,47 @@ def save_group_grid(path, data, attribute):
         labels += [str(name) or "unknown", ""]
     save_grid(path, rows, labels)
 
-COLOURS = ("#3b82c4", "#d9770a", "#2f9e6e", "#c2508f", "#8b6fd0", "#b0912b", "#5aa9b5", "#888888")
-
 def dice_chart(path):
     """HTML of results.csv: a bar for the mean Dice of every group by method, with its interval."""
     with open(path, encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file)
-                if (row["structure"], row["metric"]) == ("mean", "dice")]
+        rows = [row for row in csv.DictReader(file) if row["structure"] == "mean"]
     numbers = ("overall", "es", "sd", "worst", "gap", "eq1", "p")
-    last = {(row["method"], row["group"]): row for row in rows if row["group"] not in numbers}
+    last = {(row["method"], row["group"]): row for row in rows
+            if row["metric"] == "dice" and row["group"] not in numbers}
     groups = list(dict.fromkeys(group for _, group in last))
-    bars = ["<h2>Mean Dice by method and group</h2>"]
+    bars = ["<h2>Mean Dice by method and group, with 95 % intervals</h2>"]
     for (method, group), row in last.items():
         value, lo, hi = (float(row[key]) for key in ("value", "lo", "hi"))
-        colour = COLOURS[groups.index(group) % len(COLOURS)]
-        bars.append(f"<div style='background:linear-gradient({colour},{colour}) 0/{value:.2%} 100% "
-                    f"no-repeat'>{html.escape(method)}, {html.escape(group)}: {value:.4f} "
+        hue = 210 + 360 * groups.index(group) // len(groups)            # one colour a group
+        bars.append(f"<div style='background:linear-gradient(hsl({hue} 50% 50%) 0 0) no-repeat 0/"
+                    f"{value:.2%} 100%'>{html.escape(method)}, {html.escape(group)}: {value:.4f} "
                     f"[{lo:.4f}, {hi:.4f}]</div>")
     return "\n".join(bars)
+
+PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>FairDiff</title>
+<meta name=viewport content='width=device-width'><style>:root {color-scheme: light dark}
+body {font: 16px/1.5 sans-serif; max-width: 60em; margin: auto; padding: 1em}
+pre {overflow-x: auto; font-size: 13px} img {max-width: 100%} div {margin: 2px; padding: 0 .3em}
+</style><h1>FairDiff</h1>"""
 
 def report(args):
     """Write OUT/report.html: the result, then pictures and logs of all stages in their order."""
     out = pathlib.Path(args.out)
-    if not (out / "results.csv").is_file():
-        raise InputError(f"{out}: no results.csv; expected the folder of a finished train.sh")
-    page = ["<!doctype html><html lang=en><meta charset=utf-8><title>FairDiff</title><meta "
-            "name=viewport content='width=device-width'><style>:root{color-scheme:light dark}"
-            "body{font:16px/1.5 "
-            "sans-serif;max-width:60em;margin:auto;padding:1em}pre{overflow-x:auto;font-size:13px}"
-            "img{max-width:100%}div{margin:2px;padding:0 .3em}</style><h1>FairDiff</h1>",
-            dice_chart(out / "results.csv")]
-    files = [*out.glob("log/table*.txt"), *sorted([*out.glob("log/*.txt"), *out.rglob("*.png")],
-                                                  key=lambda path: path.stat().st_mtime)]
-    for path in dict.fromkeys(files):
+    if not (out / "log/table.txt").is_file():
+        raise InputError(f"{out}: no log/table.txt; expected the folder of a finished train.sh")
+    page = [PAGE]
+    stages = [*out.glob("log/*.txt"), *out.rglob("*.png")]
+    stages.sort(key=lambda path: path.stat().st_mtime)
+    for path in dict.fromkeys([out / "log/table.txt", *stages]):
         name = html.escape(str(path.relative_to(out)))
-        if path.suffix == ".txt":
-            text = html.escape(path.read_text(errors="replace"))
-            page.append(f"<h2>{name}</h2><pre>{text}</pre>")
-        else:
-            code = base64.b64encode(path.read_bytes()).decode()
-            page.append(f"<p><img alt='{name}' src='data:image/png;base64,{code}'><br>{name}")
+        if path.suffix == ".png":
+            page.append(f"<p><img alt='{name}' src='{name}'><br>{name}")
+            continue
+        page.append(f"<h2>{name}</h2><pre>{html.escape(path.read_text(errors='replace'))}</pre>")
+        if path.stem == "table":
+            page.append(dice_chart(out / "results.csv"))
     with replacing(out / "report.html") as temporary:
         temporary.write_text("\n".join(page), encoding="utf-8")
-    print(f"report: {out / 'report.html'}")
 
 # ---- Command line -------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
@@ -689,10 +657,10 @@ class Parser(argparse.ArgumentParser):
 
     def training_settings(self, steps, batch, lr):
         """Add the settings that all trainings share, with their defaults."""
-        self.add_argument("--steps", type=positive, default=steps, help="optimizer steps")
-        self.add_argument("--batch", type=positive, default=batch, help="items a step")
+        self.add_argument("--steps", type=int, default=steps, help="optimizer steps")
+        self.add_argument("--batch", type=int, default=batch, help="items a step")
         self.add_argument("--lr", type=float, default=lr, help="peak learning rate")
-        self.add_argument("--seed", type=natural, default=0, help="draws weights, batches, noise")
+        self.add_argument("--seed", type=int, default=0, help="draws weights, batches, noise")
         self.add_argument("--device", default="auto", help="cpu, cuda, mps, ... (cuda if it works)")
 
     def run(self, argv):
@@ -701,9 +669,10 @@ class Parser(argparse.ArgumentParser):
         sys.stderr.reconfigure(errors="replace")
         try:
             args = self.parse_args(argv)
-            started = time.perf_counter()
+            for key, value in vars(args).items():
+                if type(value) is int and value < (key not in ("seed", "test", "rare")):
+                    raise InputError(f"--{key} {value}; expected a larger number")
             args.run(args)
-            print(f"{self.prog} {args.command}: {time.perf_counter() - started:.0f} s")
             return 0
         except BrokenPipeError:                         # `... | head` has read enough
             sys.stdout = open(os.devnull, "w")
@@ -717,35 +686,17 @@ class Parser(argparse.ArgumentParser):
         print(f"{self.prog}: {line}", file=sys.stderr)
         return code
 
-def natural(text):
-    """argparse type: a whole number from 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0")
-    return int(text)
-
-def positive(text):
-    """argparse type: a whole number from 1."""
-    if natural(text) == 0:
-        raise argparse.ArgumentTypeError("0 is no whole number from 1")
-    return int(text)
-
 def number_or(word):
-    """argparse type: a whole number from 1, or one word."""
-    return lambda text: text if text == word else positive(text)
+    """argparse type: a whole number, or one word."""
+    return lambda text: text if text == word else int(text)
 
 def phantom(args):
     """Write OUT/train.npz, and unless --test is 0 OUT/test.npz, of phantom patients."""
     seed = 4 * args.seed + 2 * bool(args.balance)       # sets of one seed share no patient
-    attribute = args.attribute or "race"
-    if attribute not in MARGINALS:
-        raise InputError(f"--attribute {attribute}: the phantom has {', '.join(MARGINALS)}")
     train = make_phantom(args.train, args.size, seed, args.shift, args.balance, args.rare)
-    save_set(f"{args.out}/train.npz", train)
-    save_group_grid(f"{args.out}/train.npz.png", train, attribute)
     if args.test:
         test = make_phantom(args.test, args.size, seed + 1, args.shift, args.balance)
-        save_set(f"{args.out}/test.npz", test)
-    describe(train)
+    save_parts(args, train=train, **({"test": test} if args.test else {}))
 
 def mix(args):
     """Write the Equal Scale set of a real set and synthetic ones, and print the counts."""
@@ -763,12 +714,12 @@ def main(argv=None):
     """The command line; returns the exit code."""
     parser = Parser(prog="fairdiff.py", description="Data, Equal Scale and report of FairDiff.")
     p = parser.command("phantom", phantom, "draw phantom patients, no medical evidence")
-    p.add_argument("--train", type=positive, default=1000, help="training images")
-    p.add_argument("--test", type=natural, default=2000, help="test images")
+    p.add_argument("--train", type=int, default=1000, help="training images")
+    p.add_argument("--test", type=int, default=2000, help="test images")
     p.add_argument("--shift", type=float, default=1.0, help="how far the races differ")
     p.add_argument("--balance", choices=MARGINALS, help="column whose groups are made equal")
-    p.add_argument("--rare", type=natural, help="training images of the rarest race (9.2 %%)")
-    p.add_argument("--seed", type=natural, default=0, help="draws everything")
+    p.add_argument("--rare", type=int, help="training images of the rarest race (9.2 %%)")
+    p.add_argument("--seed", type=int, default=0, help="draws everything")
     sources = [p]
     p = parser.command("fairseg", fairseg, "import Harvard-FairSeg files")
     p.add_argument("folder", help="one .npz a patient")
@@ -778,8 +729,8 @@ def main(argv=None):
     p.add_argument("images", help="folder of grey or colour pictures")
     p.add_argument("masks", help="folder of masks with the same names")
     p.add_argument("groups", help="CSV: the file's name, then group columns; also patient, split")
-    p.add_argument("--labels", type=lambda text: list(map(int, text.split(","))), default="0,1,2",
-                   help="mask values of background, rim and cup")
+    p.add_argument("--labels", type=lambda text: list(map(int, text.split(","))),
+                   help="mask values of background, rim and cup (default: 0,1,2)")
     p.add_argument("--channel", choices=("all", "green"), default="all", help="all: the luminance")
     sources.append(p)
     p = parser.command("split", split, "check a dataset of your own and split it in two")
@@ -788,10 +739,10 @@ def main(argv=None):
     for p in sources:
         p.add_argument("--attribute", help="group column that must be there (default: the first)")
         p.add_argument("--out", default="data", help="folder for train.npz and test.npz")
-        p.add_argument("--size", type=positive, default=64, help="pixels a side")
+        p.add_argument("--size", type=int, default=64, help="pixels a side")
     for p in sources[1:]:
-        p.add_argument("--crop", type=number_or("disc"), default=512,
-                       help="side of the centred square, or disc: around the disc")
+        p.set_defaults(labels=[0, 1, 2])
+        p.add_argument("--crop", type=number_or("disc"), default=512, help="pixels a side, or disc")
         p.add_argument("--test-share", type=float, default=0.2, help="if no split is given")
         p.add_argument("--skip-bad", action="store_true", help="leave out unusable files")
         p.add_argument("--files", help="checksum of the files; train.sh notices where they change")
@@ -803,10 +754,9 @@ def main(argv=None):
     p.add_argument("real", help="dataset .npz of real images")
     p.add_argument("synthetic", nargs="+", help="datasets .npz of synthetic images")
     p.add_argument("--attribute", default="race", help="group column")
-    p.add_argument("--target", type=number_or("max"),
-                   help="images a group, or max: the largest (default: real images / groups)")
-    p.add_argument("--n-real", type=positive, help="first draw so many real images")
-    p.add_argument("--seed", type=natural, default=0, help="draws who is kept")
+    p.add_argument("--target", type=number_or("max"), help="images a group (real / groups), or max")
+    p.add_argument("--n-real", type=int, help="first draw so many real images")
+    p.add_argument("--seed", type=int, default=0, help="draws who is kept")
     p.add_argument("--out", default="mixed.npz", help="the mixed dataset")
     p = parser.command("report", report, "write one page with everything that a run made")
     p.add_argument("out", help="the folder of the run")

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from scipy import ndimage
 from tqdm import tqdm
 
-from fairdiff import (InputError, Parser, Run, fingerprint, group_codes, load_checkpoint,
-                      load_set, positive, replacing, save_grid, save_set, setup)
+from fairdiff import (InputError, Parser, Run, autocast, fingerprint, group_codes, load_checkpoint,
+                      load_set, replacing, save_grid, save_set, setup)
 from fairness import print_table, set_distance
 
 # B batch, N points, C channels, D latent numbers, M items of any number, H W mask.
@@ -166,7 +166,7 @@ class PointNet(nn.Module):
         self.encoder = nn.Sequential(nn.Linear(3, width), nn.SiLU(), nn.Linear(width, width))
         self.to_latent = nn.Linear(2 * width, 2 * latent)
         self.register_buffer("prior_mean", torch.zeros(n_groups, latent))
-        self.register_buffer("prior_root", torch.eye(latent).repeat(n_groups, 1, 1))
+        self.register_buffer("prior_root", torch.eye(latent))
 
     def forward(self, x, t, group, z=None):
         condition = self.time(timestep_embedding(t, self.width)) + self.group(group + 1)
@@ -186,7 +186,7 @@ class PointNet(nn.Module):
 
     @torch.no_grad()
     def fit_prior(self, x, group):
-        """Fit a Gaussian p(z | group) to clouds x (M, N, 3); small groups borrow covariance."""
+        """Fit Gaussians p(z | group) of one covariance to clouds x (M, N, 3)."""
         codes = [self.encode(part) for part in x.split(256)]
         mean = torch.cat([m for m, _ in codes])                         # (M, D)
         noise = torch.cat([v for _, v in codes]).mean(0).diag()         # (D, D)
@@ -194,18 +194,14 @@ class PointNet(nn.Module):
         for g in group.unique():
             self.prior_mean[g] = mean[group == g].mean(0)
         centred = mean - self.prior_mean[group]
-        within = centred.T @ centred / len(centred)                     # (D, D)
-        for g in range(len(self.prior_mean)):
-            own = centred[group == g]
-            share = len(own) / (len(own) + 3 * within.shape[0])
-            covariance = share * own.T @ own / max(len(own), 1) + (1 - share) * within
-            self.prior_root[g] = torch.linalg.cholesky(covariance + noise)
+        covariance = centred.T @ centred / len(centred) + noise
+        self.prior_root[:] = torch.linalg.cholesky(covariance)
 
     def sample_prior(self, group, generator, spread=0.92):
         """Codes z (B, D) of groups (B,); a spread below 1 avoids cups that cross the disc."""
         mean = self.prior_mean[group]
         z = torch.randn(mean.shape, generator=generator, device=mean.device)
-        return mean + spread * torch.einsum("bij,bj->bi", self.prior_root[group], z)
+        return mean + spread * z @ self.prior_root.T
 
 # ---- Diffusion ----------------------------------------------------------------------------------
 class DDPM:
@@ -300,10 +296,11 @@ def train(args):
         index = torch.randint(len(x), (args.batch // world,), device=device)
         part = torch.randperm(512, device=device)[:args.points]         # some points of a cloud
         x0 = x[index][:, part]                                          # (B, N, 3)
-        mu, var = net.encode(x0)
-        z = mu + var.sqrt() * torch.randn_like(mu)
-        kl = 0.5 * (mu ** 2 + var - var.log() - 1).sum(1).mean()        # KL(q(z|x) || N(0, I))
-        loss = ddpm.loss(model, x0, group[index], z)
+        with autocast(device):
+            mu, var = net.encode(x0)
+            z = mu + var.sqrt() * torch.randn_like(mu)
+            kl = 0.5 * (mu ** 2 + var - var.log() - 1).sum(1).mean()    # KL(q(z|x) || N(0, I))
+            loss = ddpm.loss(model, x0, group[index], z)
         optimizer.zero_grad()
         (loss + 1e-5 * kl).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -353,7 +350,7 @@ def sample(args):
     save_set(args.out, {"image": np.zeros_like(mask), "mask": mask, config["attribute"]: groups,
                         "name": np.array(unique), "synthetic": np.ones(len(mask), bool)})
     rows = 127 * mask.reshape(len(names), n, *mask.shape[1:])[:, :8]
-    save_grid(f"{args.out}.png", rows, names, "generated masks")
+    save_grid(f"{args.out}.png", rows, names)
 
 # ---- Evaluation ---------------------------------------------------------------------------------
 def outline_features(masks):
@@ -398,18 +395,18 @@ def main(argv=None):
     p.add_argument("--attribute", default="race", help="group column")
     p.add_argument("--group", help="train on this group alone, as the paper does")
     p.add_argument("--out", default="points.pt", help="checkpoint, continued if it exists")
-    p.add_argument("--width", type=positive, default=96, help="channels of a point's features")
-    p.add_argument("--latent", type=positive, default=16, help="numbers in a latent code")
-    p.add_argument("--points", type=positive, default=256, help="points a cloud")
+    p.add_argument("--width", type=int, default=96, help="channels of a point's features")
+    p.add_argument("--latent", type=int, default=16, help="numbers in a latent code")
+    p.add_argument("--points", type=int, default=256, help="points a cloud")
     p.add_argument("--predict", choices=("v", "eps"), default="v", help="paper: eps")
     p.add_argument("--schedule", choices=("cosine", "linear"), default="cosine", help="of noise")
-    p.training_settings(steps=2800, batch=32, lr=2e-3)
+    p.training_settings(steps=2800, batch=16, lr=2e-3)
     p = parser.command("sample", sample, "sample masks")
     p.add_argument("checkpoint", help="what train wrote")
     p.add_argument("--group", help="of this group alone")
-    p.add_argument("--n", type=positive, help="masks a group; default: enough for Equal Scale")
-    p.add_argument("--size", type=positive, help="pixels a side; default: as trained")
-    p.add_argument("--steps", type=positive, default=32, help="sampler steps")
+    p.add_argument("--n", type=int, help="masks a group; default: enough for Equal Scale")
+    p.add_argument("--size", type=int, help="pixels a side; default: as trained")
+    p.add_argument("--steps", type=int, default=32, help="sampler steps")
     p.add_argument("--keep-invalid", action="store_true", help="for models that are hardly trained")
     p.add_argument("--seed", type=int, default=0, help="draws the noise")
     p.add_argument("--device", default="auto", help="as in train")

@@ -17,8 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from fairdiff import (InputError, Parser, Run, autocast, fingerprint, group_codes,
-                      load_checkpoint, load_set, save_grid, save_set, setup, split_rows)
-from fairness import dice, structures
+                      load_checkpoint, load_set, save_grid, save_set, setup)
 
 # ---- Augmentation -------------------------------------------------------------------------------
 def augment(image, mask):
@@ -165,8 +164,10 @@ class TransUNet(nn.Module):
         return cls(n_classes, units=(3, 4, 9), width=64, dim=768, depth=12, heads=12, mlp=3072,
                    decoder=(256, 128, 64, 16), bridge=512, grid=14, dropout=0.1)
 
-    def encode(self, x):
-        """The transformer's tokens as a grid (B, D, H/16, W/16), and the stem's skips."""
+    def forward(self, x, with_tokens=False):
+        """Logits (B, K, H, W); with_tokens: and the mean token (B, D). InputError: other sides."""
+        if x.shape[-1] % 16 or x.shape[-2] % 16:
+            raise InputError(f"images {tuple(x.shape)}; expected sides divisible by 16")
         x, skips = self.stem(x.repeat(1, 3, 1, 1))                      # the stem expects colour
         x = self.embed(x)                                               # (B, D, H/16, W/16)
         b, d, h, w = x.shape
@@ -174,39 +175,25 @@ class TransUNet(nn.Module):
         x = self.drop((x + position).flatten(2).transpose(1, 2))        # (B, L, D)
         for block in self.blocks:
             x = block(x)                                                # (B, L, D)
-        return self.norm(x).transpose(1, 2).reshape(b, d, h, w), skips
-
-    def decode(self, tokens, skips):
-        """Features of every decoder stage, the finest (B, C, H, W) last."""
-        x = self.bridge(tokens)                                         # (B, bridge, H/16, W/16)
-        features = []
+        tokens = self.norm(x)                                           # (B, L, D)
+        x = self.bridge(tokens.transpose(1, 2).reshape(b, d, h, w))     # (B, bridge, H/16, W/16)
         for up, skip in zip(self.ups, (*skips, None), strict=True):
             x = up(x, skip)                                             # 1/8, 1/4, 1/2, then 1
-            features.append(x)
-        return features
-
-    def forward(self, x, with_tokens=False):
-        """Logits (B, K, H, W); with_tokens: and the mean token (B, D). InputError: other sides."""
-        if x.shape[-1] % 16 or x.shape[-2] % 16:
-            raise InputError(f"images {tuple(x.shape)}; expected sides divisible by 16")
-        tokens, skips = self.encode(x)                                  # (B, D, H/16, W/16)
-        logits = self.head(self.decode(tokens, skips)[-1])              # (B, K, H, W)
-        return (logits, tokens.float().mean((2, 3))) if with_tokens else logits
+        logits = self.head(x)                                           # (B, K, H, W)
+        return (logits, tokens.float().mean(1)) if with_tokens else logits
 
     @torch.no_grad()
     def load_npz(self, path):
         """Fill from Google's R50+ViT-B_16.npz; returns the names not filled. InputError: not it."""
         own = dict(self.named_parameters())
         left = [name for name in own if name.startswith(("bridge", "ups", "head"))]
-        key = ""
         try:
             file = np.load(path, allow_pickle=False)
             for name in own.keys() - left:
-                key = name
+                key, shape = name, own[name].shape
                 for ours, theirs in GOOGLE_NAMES.items():
                     key = re.sub(ours, theirs, key)
-                value = torch.as_tensor(file[key].astype(np.float32))
-                shape = own[name].shape
+                value = torch.as_tensor(file[key])
                 if name == "position":
                     side = math.isqrt(value.shape[1])                   # (1, 1 + side ** 2, D)
                     value = value[:, 1:].transpose(1, 2).reshape(1, -1, side, side)
@@ -216,8 +203,8 @@ class TransUNet(nn.Module):
                 elif len(shape) == 2:
                     value = value.reshape(shape[1], shape[0]).T         # merges the heads
                 own[name].copy_(value.reshape(shape))
-        except Exception as error:
-            raise InputError(f"{path} {key}: {error}; expected R50+ViT-B_16.npz") from None
+        except Exception as error:                      # KeyError, ValueError, zip errors
+            raise InputError(f"{path}: {error}; expected R50+ViT-B_16.npz") from None
         return left
 
 # ---- Losses -------------------------------------------------------------------------------------
@@ -272,16 +259,9 @@ def fairseg_loss(logits, mask, group, n_groups, gamma):
     scale = ratio.pow(gamma).tanh()[:, None, None, None]
     return 0.5 * F.cross_entropy(logits, mask) + 0.5 * soft_dice(p * scale, mask).mean()
 
-class Reverse(torch.autograd.Function):
-    """Gradient reversal (Ganin & Lempitsky 2015): x forward, -strength * gradient backward."""
-    @staticmethod
-    def forward(ctx, x, strength):
-        ctx.strength = strength
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return -ctx.strength * gradient, None
+def reverse(x, strength):
+    """x forward, -strength * gradient backward (Ganin & Lempitsky 2015)."""
+    return (1 + strength) * x.detach() - strength * x
 
 def adversary_loss(logits, group, weight):
     """ADV (Madras et al. 2018): cross-entropy of guesses (B, G), weight (G,); unknown images 0."""
@@ -289,16 +269,22 @@ def adversary_loss(logits, group, weight):
     return (loss * (group >= 0)).mean()
 
 # ---- Training -----------------------------------------------------------------------------------
-STRENGTH = {"adv": 1.0, "groupdro": 1.0, "fairseg": 0.5}                # reversal, rate, gamma
-METHODS = ("plain", "oversample", "groupdro", "adv", "fairseg")
+METHODS = ("plain", "oversample", "balanced", "groupdro", "adv", "fairseg")
 
-def draw_weights(code, method):
-    """Odds (N,) that an image is drawn: all alike, or each group as often as another."""
+def draw_weights(code, method, synthetic=0):
+    """Odds (N,) that an image is drawn: all alike, or each group as often as another.
+
+    balanced, an extension of the paper: and in a group real as often as synthetic images (N,).
+    """
     weight = np.ones(len(code))
-    if method in ("oversample", "groupdro"):
-        known = code >= 0
-        count = np.bincount(code[known])
-        weight[known] = known.sum() / (count > 0).sum() / count[code[known]]
+    if method in ("oversample", "balanced", "groupdro"):
+        part = 2 * code + synthetic * (method == "balanced")
+        groups = np.unique(code[code >= 0])
+        for g in groups:
+            kinds, counts = np.unique(part[code == g], return_counts=True)
+            for kind, count in zip(kinds, counts, strict=True):
+                weight[part == kind] = 1 / len(kinds) / count
+        weight[code < 0] = len(groups) / (code >= 0).sum()
     return torch.as_tensor(weight)
 
 def build(config):
@@ -316,8 +302,7 @@ def train(args):
     device, world = setup(args.device)
     data = load_set(args.set)
     code, names = group_codes(data, args.attribute)
-    rows, held_out = split_rows(data, args.val, args.attribute)
-    if not data["mask"][rows].any():
+    if not data["mask"].any():
         raise InputError(f"{args.set}: all masks are empty; expected labels 1 and 2 in some")
     if args.batch // world == 1 and data["mask"][0].size == 256:        # BatchNorm of one value
         raise InputError("one image of 16 px a step; expected --batch 2 or larger images")
@@ -325,7 +310,6 @@ def train(args):
     config["data"] = fingerprint(data["image"], data["mask"], code)
     for key in ("command", "run", "set", "out", "device"):              # these may change
         del config[key]
-    strength = STRENGTH.get(args.method) if args.strength is None else args.strength
     torch.manual_seed(args.seed)
     net = build(config).to(device, memory_format=torch.channels_last)
     if args.weights:
@@ -338,10 +322,10 @@ def train(args):
     if world > 1 and device.type == "cuda":             # shares the weights with net
         nn.SyncBatchNorm.convert_sync_batchnorm(net)
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
-    weight = draw_weights(code[rows], args.method).to(device)
-    image = torch.as_tensor(data["image"][rows], device=device)
-    mask = torch.as_tensor(data["mask"][rows], device=device)
-    group = torch.as_tensor(code[rows], device=device)
+    weight = draw_weights(code, args.method, data["synthetic"]).to(device)
+    image = torch.as_tensor(data["image"], device=device)
+    mask = torch.as_tensor(data["mask"], device=device)
+    group = torch.as_tensor(code, device=device)
     count = torch.bincount(group[group >= 0], minlength=len(names))
     for step in run.steps():
         done = step / args.steps
@@ -354,30 +338,22 @@ def train(args):
         with autocast(device):
             logits, token = model(x, with_tokens=True)                  # (B, K, H, W), (B, D)
         if args.method == "groupdro":
-            loss, net.q = groupdro_loss(image_loss(logits, y), group[index], net.q, strength)
+            loss, net.q = groupdro_loss(image_loss(logits, y), group[index], net.q, args.strength)
         elif args.method == "fairseg":
-            loss = fairseg_loss(logits, y, group[index], len(names), strength)
+            loss = fairseg_loss(logits, y, group[index], len(names), args.strength)
         else:
             loss = seg_loss(logits, y)
         if args.method == "adv":
             ramp = 2 / (1 + math.exp(-10 * step / args.steps)) - 1      # the adversary learns first
-            guess = net.adversary(Reverse.apply(token, strength * ramp))
+            guess = net.adversary(reverse(token, args.strength * ramp))
             loss = loss + adversary_loss(guess, group[index], len(group) / len(names) / count)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         run.update(loss)
-    part = "held-out" if len(held_out) else "training"
-    report_dice(args, run.ema, data, held_out if len(held_out) else rows[:500], part, device)
-
-def report_dice(args, net, data, rows, part, device):
-    """Print the mean Dice on some rows of a set, and write a picture of the first eight."""
-    image, mask = data["image"][rows], data["mask"][rows]
-    pred = predict_masks(net, image, device)
-    scores = [dice(pred, mask, label).mean() for label in structures(mask).values()]
-    print(f"transunet {args.method}: Dice {np.mean(scores):.4f} on {len(pred)} {part} images "
-          f"after {args.steps} steps")
-    pictures = [image[:8], 127 * mask[:8], 127 * pred[:8]]
+    print(f"{args.method}: loss {np.mean(run.losses[-5:], 0)[1]:.4f} after {args.steps} steps")
+    pred = predict_masks(run.ema, data["image"][:8], device)
+    pictures = [data["image"][:8], 127 * data["mask"][:8], 127 * pred]
     save_grid(f"{args.out}.png", pictures, ["image", "truth", "predicted"])
 
 # ---- Prediction ---------------------------------------------------------------------------------
@@ -414,14 +390,13 @@ def main(argv=None):
     p = parser.command("train", train, "train a segmenter")
     p.add_argument("set", help="dataset .npz: real, synthetic or mixed")
     p.add_argument("--method", choices=METHODS, default="plain", help="Tables 2-5")
-    p.add_argument("--strength", type=float, help="adv: reversal, groupdro: rate, fairseg: gamma")
+    p.add_argument("--strength", type=float, default=1.0, help="of adv, groupdro or fairseg")
     p.add_argument("--attribute", default="race", help="group column that a method knows")
     p.add_argument("--out", default="seg.pt", help="checkpoint; an interrupted training continues")
     p.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="published: sgd")
     p.add_argument("--width", type=int, default=16, help="channels of the compact network's root")
     p.add_argument("--base", action="store_true", help="the published R50-ViT-B/16")
     p.add_argument("--weights", help="with --base: ImageNet-21k weights R50+ViT-B_16.npz")
-    p.add_argument("--val", type=float, default=0, help="held-out share of each group")
     p.training_settings(steps=1120, batch=8, lr=None)
     p = parser.command("predict", predict, "segment a dataset")
     p.add_argument("checkpoint", help="what train wrote")

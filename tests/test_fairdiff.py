@@ -271,7 +271,7 @@ def test_lists_split_fairseg_and_broken_links_count_as_damaged(here, capsys):
     for i in range(6):
         write_patient(f"f/data_{i:05d}.npz")
     os.symlink("nowhere", "f/data_00009.npz")
-    assert run("fairseg", "f") == 2 and "data_00009" in capsys.readouterr().out
+    assert run("fairseg", "f") == 2 and "data_00009" in capsys.readouterr().err
     assert run("fairseg", "f", "--skip-bad") == 0 and len(both()["name"]) == 6
     os.remove("f/data_00009.npz")
     pathlib.Path("f/train.txt").write_text("/home/x/data_000003.npz\nC:\\y\\data_00004.npz\n")

@@ -1,5 +1,4 @@
 """train.sh from end to end at SCALE=smoke: whole, again, killed, failed, with other data, with bad settings."""
-import base64
 import contextlib
 import csv
 import os
@@ -86,7 +85,7 @@ def test_the_report_shows_the_numbers(smoke):
              if row["group"] in ("overall", *["Asian", "Black", "White"] * (row["structure"] == "mean"))]
     assert len(shown) == 4 * 6 and [row for row in shown if f"{float(row['value']):.4f}" not in page] == []
     for name in ("data/train.npz", "base.pt", "masks-all.npz", "synthetic-all.npz", "mixed.npz", "table1.csv"):
-        assert base64.b64encode((smoke[0] / f"{name}.png").read_bytes()).decode() in page, name
+        assert f"src='{name}.png'" in page and (smoke[0] / f"{name}.png").is_file(), name
     assert "no medical evidence" in page
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium here")
