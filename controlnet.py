@@ -6,7 +6,8 @@
     python controlnet.py evaluate judge.pt data/train.npz data/test.npz generated=synthetic.npz
 
 The base learns what images of a group look like, the ControlNet (Zhang et al. 2023) to follow a
-mask. The loss falls to about 0.1; `evaluate` measures whether images show their masks.
+mask. `evaluate` measures whether images show their masks.
+B batch, C channels, H W image, p patch, h w features, E embedding.
 """
 import copy
 import csv
@@ -26,8 +27,6 @@ from fairdiff import (InputError, Parser, Run, autocast, fingerprint, group_code
 from fairness import dice, print_table, set_distance, structures
 from pointdiff import DDPM, timestep_embedding
 from transunet import draw_weights, load_segmenter, predict_masks
-
-# B batch, C channels, H W image, p patch, h w features, E embedding.
 
 # ---- The base: a UNet ---------------------------------------------------------------------------
 class ResBlock(nn.Module):
@@ -173,8 +172,8 @@ def train(args):
     code, _ = group_codes(data, config["attribute"], config["groups"])
     config |= {"steps": args.steps, "batch": args.batch, "lr": args.lr, "seed": args.seed,
                "data": fingerprint(data["image"], data["mask"], code)}
-    net = net.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=0.0)
+    net = net.to(device)
+    optimizer = torch.optim.Adam(net.parameters(), args.lr, fused=True)
     run = Run(args.out, config, net, optimizer, 0.995)
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     image = torch.as_tensor(data["image"], device=device)[:, None]      # (N, 1, H, W)
@@ -212,14 +211,13 @@ def load_generator(path, device, kinds=("base", "control")):
     state = load_checkpoint(path, kinds)
     net, ddpm = build(state["config"])
     net.load_state_dict(state["ema"])
-    return net.to(device, memory_format=torch.channels_last), ddpm, state["config"]
+    return net.to(device), ddpm, state["config"]
 
-def sample_images(net, ddpm, config, code, mask, device, steps=10, seed=0):
+def sample_images(net, ddpm, config, code, mask, device, steps=10, seed=0, batch=100):
     """Images uint8 (N, H, W) of groups code (N,), over masks (N, H, W) if net is a ControlNet."""
     net.eval()
     mean, std = config["mean"], config["std"]
     generator = torch.Generator(device).manual_seed(seed)
-    batch = 50 if device.type == "cpu" else 250
     images = np.empty_like(mask)
     for i in tqdm(range(0, len(mask), batch), "images", leave=False, disable=None):
         group = torch.as_tensor(code[i:i + batch], device=device)
@@ -325,8 +323,7 @@ def main(argv=None):
     p = parser.command("sample", sample, "generate an image for every mask")
     p.add_argument("checkpoint", help="of train-control, or of train-base: masks are ignored")
     p.add_argument("masks", help="dataset .npz of masks")
-    p.add_argument("--n", type=number_or("equal"), help="images a group, masks in turn (each once);"
-                   " equal: as many as Equal Scale needs")
+    p.add_argument("--n", type=number_or("equal"), help="images a group, or equal: for Equal Scale")
     p.add_argument("--steps", type=int, default=10, help="sampler steps")
     p.add_argument("--seed", type=int, default=0, help="draws the noise")
     p.add_argument("--out", default="synthetic.npz", help="the same rows with images")

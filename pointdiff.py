@@ -5,7 +5,7 @@
     python pointdiff.py evaluate masks.npz data/train.npz data/test.npz --attribute race
 
 A mask becomes 512 points: x, y lie on the outline of disc or cup, z names it (Eq. 3-4). A network
-of sets learns to denoise them. At SCALE=cpu: two minutes, a loss of 0.1, 98 % of samples valid.
+of sets learns to denoise them. B batch, N points, C channels, D latent numbers, H W mask.
 """
 import csv
 import math
@@ -21,8 +21,6 @@ from tqdm import tqdm
 from fairdiff import (InputError, Parser, Run, autocast, fingerprint, group_codes, load_checkpoint,
                       load_set, replacing, save_grid, save_set, setup)
 from fairness import print_table, set_distance
-
-# B batch, N points, C channels, D latent numbers, M items of any number, H W mask.
 
 # ---- Masks to points (Eq. 3-4): an outline is a centre and a radius at each angle ---------------
 ANGLES = np.linspace(-np.pi, np.pi, 720, endpoint=False)
@@ -287,7 +285,7 @@ def train(args):
                "data": fingerprint(data["mask"], code)}
     torch.manual_seed(args.seed)
     net, ddpm = build(config, device)
-    optimizer = torch.optim.Adam(net.parameters(), args.lr)
+    optimizer = torch.optim.Adam(net.parameters(), args.lr, fused=True)
     run = Run(args.out, config, net, optimizer, 0.998)
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     for step in run.steps():

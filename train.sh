@@ -133,5 +133,5 @@ join $pids
 predictions=$(for row in $METHODS; do for n in $SEEDS; do echo "$row:$n=pred/$row-$n.npz"; done; done)
 "$python" "$here/fairness.py" table $test_set $predictions $groups --out results.csv > log/table.txt
 "$python" "$here/fairdiff.py" report .
-tail -n 11 log/table.txt
+sed -n '/^mean Dice/,$p' log/table.txt
 echo "all of it in $SECONDS s: $OUT/report.html"

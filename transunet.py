@@ -145,7 +145,7 @@ GOOGLE_NAMES = {                                # regular expressions of our nam
 class TransUNet(nn.Module):
     """Images (B, 1, H, W) in [0, 1], sides divisible by 16, to logits (B, K, H, W)."""
     def __init__(self, n_classes=3, units=(1, 1, 1), width=16, dim=128, depth=3, heads=4, mlp=256,
-                 decoder=(64, 32, 16, 16), bridge=128, grid=4, dropout=0.0):
+                 decoder=(64, 32, 16, 8), bridge=128, grid=4, dropout=0.0):
         super().__init__()
         self.stem = ResNetV2(units, width)
         self.embed = nn.Conv2d(16 * width, dim, 1)
@@ -311,11 +311,11 @@ def train(args):
     for key in ("command", "run", "set", "out", "device"):              # these may change
         del config[key]
     torch.manual_seed(args.seed)
-    net = build(config).to(device, memory_format=torch.channels_last)
+    net = build(config).to(device)
     if args.weights:
         net.load_npz(args.weights)
     lr = args.lr or {"adamw": 4e-3, "sgd": 0.01}[args.optimizer]
-    optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.01, fused=True)
     if args.optimizer == "sgd":
         optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=1e-4)
     run = Run(args.out, config, net, optimizer, 0.995)
@@ -373,7 +373,7 @@ def load_segmenter(path, device):
     state = load_checkpoint(path, ("transunet",))
     net = build(state["config"])
     net.load_state_dict(state["ema"])
-    return net.to(device, memory_format=torch.channels_last).eval()
+    return net.to(device).eval()
 
 def predict(args):
     """Write a dataset whose masks are the network's."""

@@ -53,7 +53,7 @@ def main():
         print(f"{name:<40}{items / s:>10.1f}{1000 * s:>10.1f}{share:>9.1%}", flush=True)
 
     def training(name, items, net, loss):
-        net = net.to(device, memory_format=torch.channels_last)
+        net = net.to(device)
         optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-3)
 
         def step():
@@ -81,13 +81,13 @@ def main():
     training(f"UNet, step of {batch}, {size} px", batch, controlnet.UNet(3), lambda net: ddpm.loss(net, image, group))
     training(f"ControlNet, step of {batch}, {size} px", batch, controlnet.ControlNet(controlnet.UNet(3)),
              lambda net: ddpm.loss(net, image, group, mask))
-    net = controlnet.ControlNet(controlnet.UNet(3)).to(device, memory_format=torch.channels_last)
+    net = controlnet.ControlNet(controlnet.UNet(3)).to(device)
     config = {"kind": "control", "mean": 100.0, "std": 40.0}
     row(f"ControlNet, sampling {batch}, 10 steps", batch, lambda: controlnet.sample_images(
         net, ddpm, config, np.zeros(batch, int), masks, device))
     training(f"TransUNet compact, step of {batch}, {size} px", batch, transunet.TransUNet(),
              lambda net: transunet.seg_loss(net(image), mask))
-    net = transunet.TransUNet().to(device, memory_format=torch.channels_last)
+    net = transunet.TransUNet().to(device)
     pictures = np.zeros((100, size, size), np.uint8)
     row(f"TransUNet compact, predicting 100, {size} px", 100, lambda: transunet.predict_masks(net, pictures, device))
     if args.base:

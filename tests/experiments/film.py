@@ -55,7 +55,7 @@ def frames_of_group(out, g, seed):
     net.load_state_dict(state["ema"])
     generator, group = torch.Generator().manual_seed(seed + g), torch.tensor([g])
     recorder = Recorder(net)
-    x = ddpm.sample(recorder, (1, 512, 3), group, net.sample_prior(group, generator), steps=32, generator=generator)
+    x = ddpm.sample(recorder, (1, config["points"], 3), group, net.sample_prior(group, generator), steps=32, generator=generator)
     frames, std, mean = [], np.array(config["std"]), np.array(config["mean"])
     for noisy in [*recorder.frames[::2], x.numpy()]:
         frames.append(("noise becomes points", draw_points(noisy[0] * std + mean), 80))

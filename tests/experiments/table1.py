@@ -1,0 +1,299 @@
+"""Table 1 with the paper's GANs: pix2pixHD, SPADE and OASIS, each as long in training as base and ControlNet.
+
+    python tests/experiments/table1.py --run out --out table1
+
+Trains compact versions of the three on the training set of a finished run of train.sh, generates an image for every
+mask of that run, prints Table 1 and the judge's Dice, and trains TransUNet on Equal Scale made with each method, three
+seeds. One core; what is done is skipped. Writes OUT/*.npz, OUT/grid.png and table1.csv beside this file.
+
+The three share conditions (one-hot mask and group), SPADE block, discriminator trunk, Adam (betas 0 and 0.99) and EMA.
+Learning rates of generator and discriminator were chosen among (1e-4, 4e-4), (4e-4, 4e-4) and (1e-3, 1e-3), width 32,
+by the judge's Dice on training masks of development seed 10: see RATES.
+"""
+import argparse
+import copy
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.utils.parametrizations import spectral_norm
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+import controlnet  # noqa: E402
+import fairdiff  # noqa: E402
+import fairness  # noqa: E402
+import transunet  # noqa: E402
+
+RATES = {"pix2pixHD": (4e-4, 4e-4), "SPADE": (4e-4, 4e-4), "OASIS": (4e-4, 4e-4)}      # generator, discriminator
+NOISE = 32                                              # channels of the noise
+# B batch, K channels of the condition c: 3 labels and G groups, C channels, H W image
+
+# ---- Generators: c (B, K, H, W) to images (B, 1, H, W) in [-1, 1] ---------------------------------------------------
+class SPADE(nn.Module):
+    """Normalisation whose scale and shift come from the condition at every pixel (Park et al. 2019)."""
+    def __init__(self, channels, k):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.shared = nn.Conv2d(k, 32, 3, padding=1)
+        self.scale_shift = nn.Conv2d(32, 2 * channels, 3, padding=1)
+
+    def forward(self, x, c):
+        c = F.interpolate(c, x.shape[2:], mode="nearest")
+        scale, shift = self.scale_shift(F.relu(self.shared(c))).chunk(2, 1)
+        return self.norm(x) * (1 + scale) + shift
+
+class SPADEBlock(nn.Module):
+    """Residual block with SPADE in place of plain normalisation."""
+    def __init__(self, c_in, c_out, k):
+        super().__init__()
+        self.spade1, self.spade2 = SPADE(c_in, k), SPADE(c_out, k)
+        self.conv1 = spectral_norm(nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.conv2 = spectral_norm(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Conv2d(c_in, c_out, 1, bias=False)
+
+    def forward(self, x, c):
+        y = self.conv1(F.leaky_relu(self.spade1(x, c), 0.2))
+        return self.skip(x) + self.conv2(F.leaky_relu(self.spade2(y, c), 0.2))
+
+class SPADEGenerator(nn.Module):
+    """From a noise vector to an image; with noise_3d, as in OASIS, the noise joins the condition at every layer."""
+    def __init__(self, k, width, noise_3d):
+        super().__init__()
+        self.noise_3d, self.width = noise_3d, width
+        k = k + NOISE if noise_3d else k
+        self.start = nn.Conv2d(k, 4 * width, 3, padding=1) if noise_3d else nn.Linear(NOISE, 64 * width)
+        widths = (4 * width, 4 * width, 2 * width, width, width)        # at 1/16, 1/8, 1/4, 1/2 and 1
+        self.blocks = nn.ModuleList(SPADEBlock(a, b, k) for a, b in pairwise((4 * width, *widths)))
+        self.last = nn.Conv2d(width, 1, 3, padding=1)
+
+    def forward(self, c):
+        z = torch.randn(len(c), NOISE, device=c.device)
+        h, w = c.shape[2] // 16, c.shape[3] // 16
+        if self.noise_3d:
+            c = torch.cat([c, z[..., None, None].expand(-1, -1, *c.shape[2:])], 1)
+            x = self.start(F.interpolate(c, (h, w), mode="nearest"))
+        else:
+            x = F.interpolate(self.start(z).view(len(z), -1, 4, 4), (h, w), mode="nearest")
+        for i, block in enumerate(self.blocks):
+            x = block(F.interpolate(x, scale_factor=2, mode="nearest") if i else x, c)
+        return torch.tanh(self.last(F.leaky_relu(x, 0.2)))
+
+def conv_in(c_in, c_out, stride=1):
+    """3x3 convolution, instance normalisation, ReLU."""
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1), nn.InstanceNorm2d(c_out), nn.ReLU())
+
+class Residual(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.body = nn.Sequential(conv_in(channels, channels), conv_in(channels, channels)[:2])
+
+    def forward(self, x):
+        return x + self.body(x)
+
+def pix2pixhd_generator(k, width):
+    """Convolutional encoder, residual blocks, decoder (Wang et al. 2018); it has no noise."""
+    up = nn.Upsample(scale_factor=2)
+    return nn.Sequential(conv_in(k, width), conv_in(width, 2 * width, 2), conv_in(2 * width, 4 * width, 2),
+                         *(Residual(4 * width) for _ in range(4)), up, conv_in(4 * width, 2 * width),
+                         up, conv_in(2 * width, width), nn.Conv2d(width, 1, 3, padding=1), nn.Tanh())
+
+# ---- Discriminators ---------------------------------------------------------------------------------------------------
+class Trunk(nn.Module):
+    """Strided convolutions; the features of every layer, the last at 1/8."""
+    def __init__(self, c_in, width):
+        super().__init__()
+        widths = (c_in, width, 2 * width, 4 * width)
+        self.layers = nn.ModuleList(nn.Sequential(spectral_norm(nn.Conv2d(a, b, 4, 2, 1)), nn.LeakyReLU(0.2))
+                                    for a, b in pairwise(widths))
+
+    def forward(self, x):
+        features = []
+        for layer in self.layers:
+            x = layer(x)
+            features.append(x)
+        return features
+
+class PatchGAN(nn.Module):
+    """Logits for patches of image and condition, at two scales, and the features on the way."""
+    def __init__(self, k, width):
+        super().__init__()
+        self.trunks = nn.ModuleList(Trunk(1 + k, width) for _ in range(2))
+        self.heads = nn.ModuleList(nn.Conv2d(4 * width, 1, 3, padding=1) for _ in range(2))
+
+    def forward(self, x, c):
+        x, logits, features = torch.cat([x, c], 1), [], []
+        for trunk, head in zip(self.trunks, self.heads, strict=True):
+            features += trunk(x)
+            logits.append(head(features[-1]))
+            x = F.avg_pool2d(x, 2)
+        return logits, features
+
+class Segmenter(nn.Module):
+    """OASIS's discriminator: a U-Net with a class for every label and one for "generated" (Sushko et al. 2021)."""
+    def __init__(self, width, groups):
+        super().__init__()
+        self.trunk = Trunk(1 + groups, width)
+        self.ups = nn.ModuleList(spectral_norm(nn.Conv2d(a, b, 3, padding=1))
+                                 for a, b in ((4 * width, 2 * width), (4 * width, width), (2 * width, width)))
+        self.head = nn.Conv2d(width, 4, 1)
+
+    def forward(self, x, c):
+        half, quarter, x = self.trunk(torch.cat([x, c[:, 3:]], 1))      # it sees the group, not the mask
+        for up, skip in zip(self.ups, (quarter, half, None), strict=True):
+            x = F.leaky_relu(up(F.interpolate(x, scale_factor=2, mode="nearest")), 0.2)
+            x = x if skip is None else torch.cat([x, skip], 1)
+        return self.head(x)                                             # (B, 4, H, W)
+
+# ---- Losses -----------------------------------------------------------------------------------------------------------
+def least_squares(logits, target):
+    """LSGAN (Mao et al. 2017): mean squared distance of logits to 1 or 0."""
+    return sum(((x - target) ** 2).mean() for x in logits)
+
+def hinge(logits, sign):
+    """The discriminator's hinge loss; sign 1 for real images, -1 for generated ones."""
+    return sum(F.relu(1 - sign * x).mean() for x in logits)
+
+def matching(real, fake):
+    """Discriminator feature matching (pix2pixHD): mean absolute difference."""
+    return sum((a.detach() - b).abs().mean() for a, b in zip(real, fake, strict=True))
+
+def balanced_entropy(logits, label, mask):
+    """Cross-entropy with pixels weighted by the inverse frequency of their label in the batch, mean weight 1."""
+    share = F.one_hot(mask, 3).float().mean((0, 1, 2))
+    weight = (1 / share.clamp(min=1e-3))[mask]
+    return (weight / weight.mean() * F.cross_entropy(logits, label, reduction="none")).mean()
+
+def generator_loss(method, d, fake, real, c, mask):
+    if method == "OASIS":
+        return balanced_entropy(d(fake, c), mask, mask)
+    logits, features = d(fake, c)
+    adversarial = least_squares(logits, 1) if method == "pix2pixHD" else -sum(x.mean() for x in logits)
+    return adversarial + 10 * matching(d(real, c)[1], features)
+
+def discriminator_loss(method, d, fake, real, c, mask):
+    if method == "pix2pixHD":
+        return 0.5 * (least_squares(d(real, c)[0], 1) + least_squares(d(fake, c)[0], 0))
+    if method == "SPADE":
+        return hinge(d(real, c)[0], 1) + hinge(d(fake, c)[0], -1)
+    of_real, of_fake = d(real, c), d(fake, c)
+    swap = (torch.rand(len(mask), 3) < 0.5).float()                     # LabelMix: some labels of each image
+    m = torch.gather(swap, 1, mask.flatten(1)).view_as(mask)[:, None]
+    consistency = ((d(m * real + (1 - m) * fake, c) - (m * of_real + (1 - m) * of_fake)) ** 2).mean()
+    return (balanced_entropy(of_real, mask, mask) + balanced_entropy(of_fake, torch.full_like(mask, 3), mask)
+            + 10 * consistency)
+
+# ---- Training ---------------------------------------------------------------------------------------------------------
+def build(method, groups, width=32):
+    """Generator and discriminator."""
+    k = 3 + groups
+    if method == "OASIS":
+        return SPADEGenerator(k, width, True), Segmenter(width, groups)
+    generator = SPADEGenerator(k, width, False) if method == "SPADE" else pix2pixhd_generator(k, width)
+    return generator, PatchGAN(k, width)
+
+def condition(mask, code, groups):
+    """One-hot mask and group (B, 3 + G, H, W) of mask long (B, H, W) and code (B,)."""
+    group = F.one_hot(code, groups)[..., None, None].expand(-1, -1, *mask.shape[1:])
+    return torch.cat([F.one_hot(mask, 3).movedim(-1, 1), group], 1).float()
+
+def train(method, data, code, groups, seconds=None, steps=None, rates=None, seed=0, batch=8):
+    """Train for so many seconds or steps; returns the EMA of the generator."""
+    torch.manual_seed(seed)
+    g, d = build(method, groups)
+    ema = copy.deepcopy(g).requires_grad_(False)
+    rate_g, rate_d = rates or RATES[method]
+    optimizer_g = torch.optim.Adam(g.parameters(), rate_g, (0.0, 0.99))
+    optimizer_d = torch.optim.Adam(d.parameters(), rate_d, (0.0, 0.99))
+    image, mask = torch.as_tensor(data["image"])[:, None], torch.as_tensor(data["mask"])
+    odds = transunet.draw_weights(code, "oversample")                   # groups equally often, as in controlnet.py
+    code, start, step = torch.as_tensor(code), time.monotonic(), 0
+    while step < steps if steps else time.monotonic() - start < seconds:
+        index = torch.multinomial(odds, batch, replacement=True)
+        real, m = image[index].float() / 127.5 - 1, mask[index].long()
+        if torch.rand(()) < 0.5:                                        # left and right eyes
+            real, m = real.flip(-1), m.flip(-1)
+        c = condition(m, code[index], groups)
+        fake = g(c)
+        for optimizer, loss_of, x in ((optimizer_d, discriminator_loss, fake.detach()),
+                                      (optimizer_g, generator_loss, fake)):
+            optimizer.zero_grad()
+            loss_of(method, d, x, real, c, m).backward()
+            optimizer.step()
+        step += 1
+        keep = min(0.995, (1 + step) / (10 + step))
+        for average, value in zip(ema.state_dict().values(), g.state_dict().values(), strict=True):
+            average.copy_(value if not value.is_floating_point() else keep * average + (1 - keep) * value)
+    print(f"{method}: {step} steps in {time.monotonic() - start:.0f} s")
+    return ema
+
+@torch.no_grad()
+def generate(ema, masks, code, groups, seed=0):
+    """Images uint8 (N, H, W) over masks (N, H, W); batch statistics are the running ones."""
+    torch.manual_seed(seed)
+    ema.eval()
+    c = condition(torch.as_tensor(masks).long(), torch.as_tensor(code), groups)
+    parts = [ema(part) for part in c.split(50)]
+    return ((torch.cat(parts)[:, 0] + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+
+def downstream(run, out, label, path, seed):
+    """Worst-group Dice of a TransUNet trained on Equal Scale with these synthetic images."""
+    pred = out / f"pred-{label.replace(' ', '-')}-{seed}.npz"
+    name = str(pred)[:-4]
+    steps = ["--steps", "1120", "--seed", str(seed)]
+    for file, *command in (["fairdiff.py", "mix", run / "data/train.npz", path, "--out", f"{name}-mixed.npz"],
+                           ["transunet.py", "train", f"{name}-mixed.npz", *steps, "--out", f"{name}.pt"],
+                           ["transunet.py", "predict", f"{name}.pt", run / "data/test.npz", "--out", pred]):
+        if not pred.exists():
+            subprocess.run([sys.executable, ROOT / file, *command], check=True, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    truth, pred = fairdiff.load_set(run / "data/test.npz"), fairdiff.load_set(pred)["mask"]
+    scores = np.mean([fairness.dice(pred, truth["mask"], label) for label in (1, 2)], 0)
+    return min(scores[truth["race"] == name].mean() for name in np.unique(truth["race"]))
+
+def main(argv=None):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--run", type=pathlib.Path, default="out", help="folder of a finished train.sh")
+    parser.add_argument("--out", type=pathlib.Path, default="table1", help="folder for what is made")
+    parser.add_argument("--steps", type=int, help="of each training, in place of the run's seconds")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of the TransUNets on Equal Scale")
+    parser.add_argument("--csv", default=str(pathlib.Path(__file__).with_name("table1.csv")))
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    run, out = args.run, args.out
+    seconds = re.findall(r"(\d+) s  (?:base|control-all)$", (run / "log/seconds.txt").read_text(), re.M)
+    seconds = sum(map(int, seconds))
+    print(f"{seconds} s for each training, as base and ControlNet took together")
+    data, masks = fairdiff.load_set(run / "data/train.npz"), fairdiff.load_set(run / "masks-all.npz")
+    code, names = fairdiff.group_codes(data, "race")
+    mask_code, _ = fairdiff.group_codes(masks, "race", names)
+    sets = {"base": run / "base-alone.npz"}
+    for method in RATES:
+        sets[method] = out / f"{method}.npz"
+        if not sets[method].exists():
+            ema = train(method, data, code, len(names), seconds, args.steps)
+            image = generate(ema, masks["mask"], mask_code, len(names))
+            fairdiff.save_set(sets[method], masks | {"image": image})
+    sets |= {"without points": run / "real-masks-all.npz", "with points": run / "synthetic-all.npz"}
+    judge, real = run / "judge-1000.pt", [run / "data/train.npz", run / "data/test.npz"]
+    items = [f"{label}={path}" for label, path in sets.items()]
+    exit_code = controlnet.main([*map(str, ["evaluate", judge, *real, *items, "--out", args.csv])])
+    rows = np.concatenate([np.flatnonzero(mask_code == g)[:4] for g in range(len(names))])
+    columns = [fairdiff.load_set(path)["image"][rows] for label, path in sets.items() if label in (*RATES, "with points")]
+    fairdiff.save_grid(out / "grid.png", [127 * masks["mask"][rows], *columns], ["mask", *RATES, "ControlNet"])
+    for label, path in list(sets.items())[1:] if args.seeds else ():
+        worst = [downstream(run, out, label, path, seed) for seed in args.seeds]
+        half = 4.30 * np.std(worst, ddof=1) / np.sqrt(3) if len(worst) == 3 else np.nan     # Student's t, 2 degrees
+        print(f"TransUNet on Equal Scale with {label}: worst group {np.mean(worst):.4f} ± {half:.4f}", flush=True)
+    return exit_code
+
+if __name__ == "__main__":
+    sys.exit(main())
