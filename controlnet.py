@@ -21,9 +21,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from fairdiff import (InputError, Parser, Run, autocast, fingerprint, group_codes,
-                      load_checkpoint, load_set, number_or, replacing, save_group_grid, save_set,
-                      setup)
+from fairdiff import (InputError, Run, autocast, command_line, fingerprint, group_codes,
+                      load_checkpoint, load_set, replacing, save_group_grid, save_set, setup,
+                      subset)
 from fairness import dice, print_table, set_distance, structures
 from pointdiff import DDPM, timestep_embedding
 from transunet import draw_weights, load_segmenter, predict_masks
@@ -144,50 +144,66 @@ def mask_weight(mask):
     weight = 1 + 4 * disc + 5 * share * F.max_pool2d(cup, 5, 1, 2)
     return weight / weight.mean()
 
-def train(args):
-    """Train the base (train-base), or a ControlNet around it (train-control)."""
-    device, world = setup(args.device)
-    data = load_set(args.set)
+def train_base(dataset, out="base.pt", attribute="race", width=32, patch: int = None, steps=200,
+               batch=8, lr=2e-3, seed=0, device="auto"):
+    """Train the UNet on the images of a dataset.
+
+    width: channels at first, divisible by 8; patch: p x p pixels become channels, by default so
+    that 32 remain on a side.
+    """
+    data = load_set(dataset)
+    _, names = group_codes(data, attribute)
     sides = data["image"].shape[1:]
-    if args.command == "train-base":
-        _, names = group_codes(data, args.attribute)
-        fitting = [p for p in range(2, min(sides) // 32 + 1) if math.gcd(*sides) % (4 * p) == 0]
-        patch = args.patch or max(fitting, default=2)
-        config = {"kind": "base", "attribute": args.attribute, "groups": names, "patch": patch,
-                  "widths": [args.width, 2 * args.width, 3 * args.width],
-                  "mean": float(data["image"].mean()), "std": float(data["image"].std()) + 1e-6}
-        torch.manual_seed(args.seed)
-        net, ddpm = build(config)
-    else:
-        net, ddpm, config = load_generator(args.base, "cpu", ["base"])
-        weights = fingerprint(*net.state_dict().values())
-        config |= {"kind": "control", "lock": args.lock, "group": args.group, "base": weights}
-        torch.manual_seed(args.seed)
-        net = ControlNet(net, args.lock)
-        if args.group:                                  # one ControlNet a group, as in the paper
-            own = data[config["attribute"]] == args.group
-            data = {key: array[own] for key, array in data.items()}
+    fitting = [p for p in range(2, min(sides) // 32 + 1) if math.gcd(*sides) % (4 * p) == 0]
+    config = {"kind": "base", "attribute": attribute, "groups": names,
+              "patch": patch or max(fitting, default=2), "widths": [width, 2 * width, 3 * width],
+              "mean": float(data["image"].mean()), "std": float(data["image"].std()) + 1e-6,
+              "steps": steps, "batch": batch, "lr": lr, "seed": seed}
+    torch.manual_seed(seed)
+    net, _ = build(config)
+    fit(net, config, data, out, device)
+
+def train_control(dataset, base, out="control.pt", group: str = None, lock=False, steps=2600,
+                  batch=8, lr=2e-3, seed=0, device="auto"):
+    """Train a ControlNet around a base, on the images of all groups, or of one, as in the paper.
+
+    lock: freeze the decoder, too.
+    """
+    data = load_set(dataset)
+    net, _, config = load_generator(base, "cpu", ["base"])
+    config |= {"kind": "control", "base": fingerprint(*net.state_dict().values()), "group": group,
+               "lock": lock, "steps": steps, "batch": batch, "lr": lr, "seed": seed}
+    if group:
+        data = subset(data, data[config["attribute"]] == group)
+    torch.manual_seed(seed)
+    fit(ControlNet(net, lock), config, data, out, device)
+
+def fit(net, config, data, out, device):
+    """Train a network on a dataset, groups equally often, and write a picture of its samples."""
+    device, world = setup(device)
+    sides = data["image"].shape[1:]
     if math.gcd(*sides) % (4 * config["patch"]):
         raise InputError(f"{sides} pixels; expected sides divisible by {4 * config['patch']}")
     code, _ = group_codes(data, config["attribute"], config["groups"])
-    config |= {"steps": args.steps, "batch": args.batch, "lr": args.lr, "seed": args.seed,
-               "data": fingerprint(data["image"], data["mask"], code)}
+    config["data"] = fingerprint(data["image"], data["mask"], code)
+    steps, ddpm = config["steps"], DDPM()
     net = net.to(device)
-    optimizer = torch.optim.Adam(net.parameters(), args.lr, fused=True)
-    run = Run(args.out, config, net, optimizer, 0.995)
+    optimizer = torch.optim.Adam(net.parameters(), config["lr"], fused=True)
+    run = Run(out, config, net, optimizer, 0.995)
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     image = torch.as_tensor(data["image"], device=device)[:, None]      # (N, 1, H, W)
     mask = torch.as_tensor(data["mask"], device=device)                 # (N, H, W)
     group = torch.as_tensor(code, device=device)                        # (N,)
-    odds = draw_weights(code, "oversample").to(device)                  # groups equally often
+    odds = draw_weights(code, "oversample").to(device)
     for step in run.steps():
-        cosine = 0.55 + 0.45 * math.cos(math.pi * step / args.steps)
-        optimizer.param_groups[0]["lr"] = args.lr * min((step + 1) / 50, cosine)    # warm-up first
-        index = torch.multinomial(odds, args.batch // world, replacement=True)
+        cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = config["lr"] * min((step + 1) / 50, cosine)   # warm-up
+        index = torch.multinomial(odds, config["batch"] // world, replacement=True)
         x0 = (image[index] - config["mean"]) / config["std"]            # (B, 1, H, W)
         m = mask[index].long()                                          # (B, H, W)
         if torch.rand(()) < 0.5:                                        # left and right eyes
-            x0, m = x0.flip(-1), m.flip(-1)
+            x0 = x0.flip(-1)
+            m = m.flip(-1)
         weight = mask_weight(m) if config["kind"] == "control" else 1.0
         with autocast(device):
             loss = ddpm.loss(model, x0, group[index], m, weight=weight)
@@ -196,14 +212,13 @@ def train(args):
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         run.update(loss)
-    _, loss = np.mean(run.losses[-5:], 0)
-    print(f"{config['kind']}: loss {loss:.4f} after {args.steps} steps")
+    print(f"{config['kind']}: loss {np.mean(run.losses[-5:], 0)[1]:.4f} after {steps} steps")
     show = torch.multinomial(odds, 24, replacement=True).cpu().numpy()
-    data = {key: array[show] for key, array in data.items()}
+    data = subset(data, show)
     data["image"] = sample_images(run.ema, ddpm, config, code[show], data["mask"], device)
     if config["kind"] == "base":
         data["mask"] *= 0                               # which the base has not seen
-    save_group_grid(f"{args.out}.png", data, config["attribute"])
+    save_group_grid(f"{out}.png", data, config["attribute"])
 
 # ---- Sampling -----------------------------------------------------------------------------------
 def load_generator(path, device, kinds=("base", "control")):
@@ -228,26 +243,31 @@ def sample_images(net, ddpm, config, code, mask, device, steps=10, seed=0, batch
         images[i:i + batch] = (x[:, 0] * std + mean).round().byte().cpu().numpy()
     return images
 
-def sample(args):
-    """Generate an image for every mask of a dataset."""
-    device, _ = setup(args.device)
-    data = load_set(args.masks)
-    net, ddpm, config = load_generator(args.checkpoint, device)
+def sample(checkpoint, masks, out="synthetic.npz", n: int = None, equal=False, steps=10, seed=0,
+           device="auto"):
+    """Generate an image for every mask of a dataset, or n a group, with its masks in turn.
+
+    checkpoint: of a ControlNet, or of a base, which ignores the masks; equal: as many a group as
+    Equal Scale needs.
+    """
+    device, _ = setup(device)
+    data = load_set(masks)
+    net, ddpm, config = load_generator(checkpoint, device)
     code, names = group_codes(data, config["attribute"], config["groups"])
     groups = [config["group"]] if config.get("group") else names
-    n = round((code >= 0).sum() / len(names)) + 1 if args.n == "equal" else args.n
+    n = round((code >= 0).sum() / len(names)) + 1 if equal else n
     rows = []
     for name in groups:
         own = np.flatnonzero(code == names.index(name))
         rows += islice(cycle(own), n or len(own))                       # masks in turn
-    data = {key: array[rows] for key, array in data.items()}
+    data = subset(data, rows)
     data["name"] = np.array([f"{name}-{i}" for i, name in enumerate(data["name"])])
     data["synthetic"][:] = True
     data["image"] = sample_images(net, ddpm, config, code[rows], data["mask"], device,
-                                  args.steps, args.seed)
-    save_set(args.out, data)
-    save_group_grid(f"{args.out}.png", data, config["attribute"])
-    print(f"{args.out}: {len(rows)} images")
+                                  steps, seed)
+    save_set(out, data)
+    save_group_grid(f"{out}.png", data, config["attribute"])
+    print(f"{out}: {len(rows)} images")
 
 # ---- Evaluation: do images show their masks, and are they like real ones (Table 1)? -------------
 def judge_images(judge, images, device):
@@ -259,85 +279,58 @@ def judge_images(judge, images, device):
     hook.remove()
     return masks, np.concatenate(features).astype(float)
 
-def evaluate(args):
-    """Print the Dice of a judge on images against their masks, and Table 1, also as a CSV file."""
-    device, _ = setup(args.device)
-    judge = load_segmenter(args.judge, device)
-    train = load_set(args.train)
-    _, names = group_codes(train, args.attribute)
+def evaluate(judge, train, test, sets: list, out="table1.csv", attribute="race", n=100,
+             device="auto"):
+    """Print the Dice of a judge on images against their masks, and Table 1, also as a CSV file.
+
+    judge: a TransUNet trained on real images for this alone; sets: NAME=FILE, or NAME-n.npz, where
+    files of one name are joined; n: images a group at most.
+    """
+    device, _ = setup(device)
+    judge = load_segmenter(judge, device)
+    train = load_set(train)
+    _, names = group_codes(train, attribute)
     results = {}                                        # by set: codes, Dice, features of each file
-    for item in [f"real={args.test}", *args.sets]:
+    for item in [f"real={test}", *sets]:
         label, _, path = item.rpartition("=")
         label = label or path.removesuffix(".npz").rpartition("-")[0]
         data = load_set(path)
-        code, _ = group_codes(data, args.attribute, names)
+        code, _ = group_codes(data, attribute, names)
         pred, features = judge_images(judge, data["image"], device)
         labels = structures(train["mask"]).values()
         scores = np.mean([dice(pred, data["mask"], k) for k in labels], 0)      # (N,)
         results.setdefault(label, []).append((code, scores, features))
-    save_group_grid(f"{args.out}.png", data | {"mask": pred}, args.attribute)   # the last set
-    lines, sets = [], {}
+    save_group_grid(f"{out}.png", data | {"mask": pred}, attribute)   # the last set
+    lines, parts = [], {}
     for label, files in results.items():
         code, scores, features = map(np.concatenate, zip(*files, strict=True))
-        sets[label] = [features[code == g] for g in range(len(names))]
+        parts[label] = [features[code == g] for g in range(len(names))]
         means = [np.mean(scores[code == g]) if g in code else np.nan for g in range(len(names))]
         lines.append([label, *map("{:.4f}".format, means)])
     print_table("the judge's Dice on images against their masks", ["images", *names], lines)
-    halves = [np.array_split(own, 2) for own in sets["real"]]
-    sets |= {"real": [half[0] for half in halves], "reference": [half[1] for half in halves]}
-    sizes = [min(map(len, own)) for own in zip(*sets.values(), strict=True)]
+    halves = [np.array_split(own, 2) for own in parts["real"]]
+    parts |= {"real": [half[0] for half in halves], "reference": [half[1] for half in halves]}
+    sizes = [min(map(len, own)) for own in zip(*parts.values(), strict=True)]
     groups = [g for g in range(len(names)) if sizes[g] >= 4]
     if not groups:
         return print("no Table 1: expected 4 images of a group in every set, 8 in the test set")
-    n = min(args.n, *(sizes[g] for g in groups))                        # of every group
-    sets = {label: np.concatenate([own[g][:n] for g in groups]) for label, own in sets.items()}
-    reference = sets.pop("reference")
+    n = min(n, *(sizes[g] for g in groups))                        # of every group
+    parts = {label: np.concatenate([own[g][:n] for g in groups]) for label, own in parts.items()}
+    reference = parts.pop("reference")
     _, training = judge_images(judge, train["image"], device)
     lines = []
-    for label, features in sets.items():
+    for label, features in parts.items():
         distance = set_distance(features, reference, training)
         lines.append([label, *map("{:.4g}".format, distance.values())])
     heads = ["images", *distance]
-    with replacing(args.out) as path, open(path, "w", newline="", encoding="utf-8") as file:
+    with replacing(out) as path, open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([heads, *lines])
     print_table("Table 1, on features of the judge", heads, lines)
 
 # ---- Command line -------------------------------------------------------------------------------
 def main(argv=None):
     """The command line; returns the exit code."""
-    parser = Parser(prog="controlnet.py", description="Images from masks: UNet and ControlNet.")
-    p = parser.command("train-base", train, "train the image UNet")
-    p.add_argument("set", help="dataset .npz")
-    p.add_argument("--attribute", default="race", help="group column")
-    p.add_argument("--width", type=int, default=32, help="channels at first, divisible by 8")
-    p.add_argument("--patch", type=int, help="p x p pixels become channels (side / 32)")
-    p.add_argument("--out", default="base.pt", help="checkpoint")
-    p.training_settings(steps=200, batch=8, lr=2e-3)
-    p = parser.command("train-control", train, "train the ControlNet")
-    p.add_argument("set", help="dataset .npz")
-    p.add_argument("base", help="what train-base wrote")
-    p.add_argument("--group", help="train on this group alone, as the paper does")
-    p.add_argument("--lock", action="store_true", help="freeze the decoder, too")
-    p.add_argument("--out", default="control.pt", help="checkpoint")
-    p.training_settings(steps=2600, batch=8, lr=2e-3)
-    p = parser.command("sample", sample, "generate an image for every mask")
-    p.add_argument("checkpoint", help="of train-control, or of train-base: masks are ignored")
-    p.add_argument("masks", help="dataset .npz of masks")
-    p.add_argument("--n", type=number_or("equal"), help="images a group, or equal: for Equal Scale")
-    p.add_argument("--steps", type=int, default=10, help="sampler steps")
-    p.add_argument("--seed", type=int, default=0, help="draws the noise")
-    p.add_argument("--out", default="synthetic.npz", help="the same rows with images")
-    p.add_argument("--device", default="auto", help="as in train")
-    p = parser.command("evaluate", evaluate, "Table 1, and a judge's Dice on the images")
-    p.add_argument("judge", help="a TransUNet trained on real images, used for nothing else")
-    p.add_argument("train", help="dataset .npz of real training images")
-    p.add_argument("test", help="dataset .npz of real test images")
-    p.add_argument("sets", nargs="+", help="NAME=FILE or NAME-n.npz; one name: joined")
-    p.add_argument("--attribute", default="race", help="group column")
-    p.add_argument("--n", type=int, default=100, help="images a group at most")
-    p.add_argument("--out", default="table1.csv", help="CSV file of Table 1")
-    p.add_argument("--device", default="auto", help="as in train")
-    return parser.run(argv)
+    return command_line(argv, train_base, train_control, sample, evaluate)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,10 +12,12 @@ import contextlib
 import copy
 import csv
 import html
+import inspect
 import os
 import pathlib
 import re
 import sys
+import typing
 import zlib
 
 import numpy as np
@@ -299,98 +301,96 @@ def crop_and_resize(image, mask, crop, size):
     mask = Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST, box)
     return np.asarray(image), np.asarray(mask)
 
-def import_all(args, names, read):
+def import_all(names, read, labels, size, crop, skip_bad):
     """A dataset of what read(name) returns: image uint8 and mask (H, W), a dict of group names.
 
-    The values args.labels of a mask become 0, 1, 2. InputError: a file cannot be used.
+    The values `labels` of a mask become 0, 1, 2. InputError: a file cannot be used.
     """
-    images, masks, rows = [], [], []
+    rows = []
     for name in tqdm(names, "import", disable=None):
         try:
             image, mask, groups = read(name)
-            if mask.shape != image.shape or not np.isin(mask, args.labels).all():
+            if mask.shape != image.shape or not np.isin(mask, labels).all():
                 raise ValueError(f"image {image.shape}, mask {mask.shape} of {np.unique(mask)[:6]};"
-                                 f" expected one shape and the values {args.labels}")
+                                 f" expected one shape and labels {labels}")
         except Exception as error:                      # damaged files raise a dozen types
-            if not args.skip_bad:
+            if not skip_bad:
                 raise InputError(f"{name}: {error!r}; mend it, or use --skip-bad") from None
             print(f"left out {name}: {error!r}")
             continue
-        mask = np.select([mask == value for value in args.labels], range(len(args.labels)))
-        image, mask = crop_and_resize(image, mask.astype(np.uint8), args.crop, args.size)
-        images.append(image)
-        masks.append(mask)
-        rows.append({"name": pathlib.Path(name).stem} | groups)
+        mask = np.select([mask == value for value in labels], range(len(labels)))
+        image, mask = crop_and_resize(image, mask.astype(np.uint8), crop, size)
+        rows.append({"image": image, "mask": mask, "name": pathlib.Path(name).stem} | groups)
     if not rows:
         raise InputError(f"none of {len(names)} files can be used")
-    columns = {key: np.array([row[key] for row in rows]) for key in rows[0]}
-    return {"image": np.stack(images), "mask": np.stack(masks)} | columns
+    return {key: np.array([row[key] for row in rows]) for key in rows[0]}
 
-def save_parts(args, **parts):
-    """Write the sets train and test into the folder OUT, a picture, and print what is in them."""
+def save_parts(out, attribute, **parts):
+    """Write the sets train and test into the folder `out`, a picture, and print what they hold."""
     train = parts["train"]
-    attribute = args.attribute or next(iter(group_columns(train)), "")
+    attribute = attribute or next(iter(group_columns(train)), "")
     group_codes(train, attribute)                       # InputError before anything is written
     for part, data in parts.items():
-        save_set(f"{args.out}/{part}.npz", data)
-    save_group_grid(f"{args.out}/train.npz.png", train, attribute)
+        save_set(f"{out}/{part}.npz", data)
+    save_group_grid(f"{out}/train.npz.png", train, attribute)
     for part, data in parts.items():
-        print(f"{args.out}/{part}.npz: {len(data['name'])} images")
+        print(f"{out}/{part}.npz: {len(data['name'])} images")
     describe(concatenate(*parts.values()))
 
-def split_set(args, data):
+def split_set(data, out, attribute, test_share):
     """Split a set as its column split says, or by patients, and write both parts."""
     parts = data.pop("split", np.array([""]))
-    data = check_set(data, args.out)
+    data = check_set(data, out)
     train, test = np.flatnonzero(parts == "train"), np.flatnonzero(parts == "test")
     if (parts == "").all():
-        attribute = args.attribute or next(iter(group_columns(data)), "")
-        train, test = split_rows(data, args.test_share, attribute)
+        column = attribute or next(iter(group_columns(data)), "")
+        train, test = split_rows(data, test_share, column)
     if not len(train) or not len(test):
         raise InputError(f"{len(train)} images to train, {len(test)} to test; expected both")
-    save_parts(args, train=subset(data, train), test=subset(data, test))
+    save_parts(out, attribute, train=subset(data, train), test=subset(data, test))
     print(f"{len(data['name']) - len(train) - len(test)} images are in neither part")
 
 def describe(data):
     """Print what is in a set, and warn of what looks wrong."""
     mask = data["mask"]
     border = np.concatenate([mask[:, 0], mask[:, -1], mask[:, :, 0], mask[:, :, -1]], 1)
-    empty, cup, cut = ~mask.any((1, 2)), (mask == 2).any((1, 2)), border.any(1)
     hole = np.array([(ndimage.binary_fill_holes(m == 2) & (m == 0)).any() for m in mask])
-    print(f"{len(mask)} images, labels {np.unique(mask)}; masks without disc {empty.sum()}, "
-          f"without cup {(~cup).sum()}, cut by the border {cut.sum()}")
+    print(f"{len(mask)} images, labels {np.unique(mask)}, "
+          f"{len(mask) - (mask == 2).any((1, 2)).sum()} masks without cup")
     for key in group_columns(data):
         names, counts = np.unique(data[key], return_counts=True)
         names = np.where(names == "", "unknown", names)
         print(f"  {key}: " + ", ".join(map("{} {}".format, names, counts)))
-    warnings = {"have no disc, perhaps by the crop": empty,
-                "have a disc that the border cuts": cut,
+    warnings = {"have no disc, perhaps by the crop": ~mask.any((1, 2)),
+                "have a disc that the border cuts": border.any(1),
                 "have a cup at the border or around background: check --labels":
                     (border == 2).any(1) | hole,
                 "are constant": np.ptp(data["image"], axis=(1, 2)) == 0}
-    for i, (text, found) in enumerate(warnings.items()):
-        if found.sum() > (0.01 * len(mask) if i < 2 else 0):
+    for text, found in warnings.items():
+        if found.any():
             print(f"warning: {found.sum()} images {text}: {', '.join(data['name'][found][:5])}")
 
-def listed_parts(lists):
-    """{number: "train" or "test"} of lists TRAIN.txt and TEST.txt of names like data_00001.npz."""
-    part_of = {}
-    for path, part in zip(lists, ("train", "test"), strict=False):
-        text = pathlib.Path(path).read_text(encoding="utf-8-sig")
-        for number in re.findall(r"(\d+)(?:\.npz)?\s*$", text, re.M):    # of 5 digits or of 6
-            if part_of.setdefault(int(number), part) != part:
-                raise InputError(f"{path}: {number} is in both lists; expected it in one")
-    return part_of
+def number_or_word(text):
+    """The type of a setting: a whole number, or a word."""
+    return int(text) if text.isdecimal() else text
 
-def fairseg(args):
-    """Import a folder of Harvard-FairSeg files."""
-    folder = pathlib.Path(args.folder)
-    paths = sorted(path for path in folder.rglob("*.npz") if not path.name.startswith("."))
-    lists = args.split or sorted(folder.glob("t*.txt"), reverse=True)   # train.txt, test.txt
-    if not paths or len(lists) not in (0, 2):
-        raise InputError(f"{folder}: {len(paths)} files like data_00001.npz and {len(lists)} lists;"
-                         " expected files, and both train.txt and test.txt or neither")
-    part_of = listed_parts(lists)
+def fairseg(folder, out="data", size=64, crop: number_or_word = 512, split: list = None,
+            attribute: str = None, test_share=0.2, skip_bad=False):
+    """Import a folder of Harvard-FairSeg files.
+
+    crop: side of the centred square, or disc: around the disc; split: TRAIN.txt TEST.txt, by
+    default those in the folder; attribute: a group column that must be there.
+    """
+    folder = pathlib.Path(folder)
+    paths = sorted(folder.rglob("[!.]*.npz"))                           # macOS hides copies
+    lists = split or sorted(folder.glob("t*.txt"), reverse=True)        # train.txt, test.txt
+    listed = []
+    for path in lists:                                  # numbers of patients, of 5 digits or of 6
+        text = pathlib.Path(path).read_text(encoding="utf-8-sig")
+        listed.append(set(map(int, re.findall(r"(\d+)(?:\.npz)?\s*$", text, re.M))))
+    if not paths or len(lists) not in (0, 2) or lists and listed[0] & listed[1]:
+        raise InputError(f"{folder}: {len(paths)} .npz files, lists {lists}; expected some files, "
+                         "and both train.txt and test.txt, each patient in one, or neither")
 
     def read(path):
         with np.load(path, allow_pickle=False) as file:
@@ -399,9 +399,11 @@ def fairseg(args):
         mask = [abs(np.squeeze(found[key])) for key in FAIRSEG_MASK if key in found]
         if not image or not mask:
             raise ValueError(f"found {', '.join(found)}; expected slo_fundus and disc_cup_mask")
-        number = int(re.findall(r"\d+", path.stem)[-1])
         part = {"Training": "train", "Test": "test"}.get(path.parent.name, "")
-        groups = {"split": part_of.get(number, "") if part_of else part}
+        if lists:
+            number = int(re.findall(r"\d+", path.stem)[-1])
+            part = "train" if number in listed[0] else "test" if number in listed[1] else ""
+        groups = {"split": part}
         for key, names in FAIRSEG_GROUPS.items():
             alias = {"gender": "male", "ethnicity": "hispanic"}.get(key)
             code = int(np.ravel(found.get(key, found.get(alias, -1)))[0])
@@ -411,48 +413,57 @@ def fairseg(args):
         groups["age"] = "" if age <= 0 else "<60" if age < 60 else ">=60"
         return image[0], mask[0], groups                # -1 or 1 rim, -2 or 2 cup
 
-    data = import_all(args, paths, read)
+    data = import_all(paths, read, [0, 1, 2], size, crop, skip_bad)
     if np.isin(data["race"], ("code 3", "code 7")).any():               # a book with codes 2, 3, 7
         book = {"White": "Asian", "code 3": "Black", "code 7": "White"}
         data["race"] = np.array([book.get(name, "") for name in data["race"]])
-    split_set(args, data)
+    split_set(data, out, attribute, test_share)
 
-def images(args):
-    """Import pictures, masks of the same name, and a table whose first column names them."""
-    with open(args.groups, newline="", encoding="utf-8-sig") as file:
+def images(images, masks, groups, out="data", size=64, crop: number_or_word = 512, labels="0,1,2",
+           channel: typing.Literal["all", "green"] = "all", attribute: str = None, test_share=0.2,
+           skip_bad=False):
+    """Import pictures, masks of the same name, and a table (CSV) whose first column names them.
+
+    Its other columns are groups, or `patient`, or `split`: train or test. labels: mask values of
+    background, rim and cup; channel all: the luminance; crop and attribute: see fairseg.
+    """
+    with open(groups, newline="", encoding="utf-8-sig") as file:
         table = {next(iter(row.values())): row for row in csv.DictReader(file)}
     pictures, masks = ({path.stem: path for path in sorted(pathlib.Path(folder).glob("[!.]*"))}
-                       for folder in (args.images, args.masks))
+                       for folder in (images, masks))
 
     def read(name):
         stem = name if name in pictures else pathlib.Path(name).stem
         picture, mask = Image.open(pictures[stem]), Image.open(masks[stem])
-        if picture.mode == "P" or args.channel == "green":
+        if picture.mode == "P" or channel == "green":
             picture = picture.convert("RGB")
         image = np.asarray(picture)
-        image = image[..., 1] if args.channel == "green" else to_grey(image)
+        image = image[..., 1] if channel == "green" else to_grey(image)
         mask = mask.convert("L") if mask.mode.startswith("RGB") else mask
         return image, np.asarray(mask), dict(list(table[name].items())[1:])
 
-    print(f"{len(pictures) - len(table)} more pictures than rows in {args.groups}")
-    split_set(args, import_all(args, list(table), read))
+    print(f"{len(pictures) - len(table)} more pictures than rows in {groups}")
+    labels = [int(value) for value in re.findall(r"\d+", labels)]
+    data = import_all(list(table), read, labels, size, crop, skip_bad)
+    split_set(data, out, attribute, test_share)
 
-def split(args):
+def split(dataset, out="data", attribute: str = None, test_share=0.2):
     """Check a dataset, one file or a folder with train.npz and test.npz, and write two parts."""
-    if os.path.isfile(args.set):
-        return split_set(args, load_set(args.set))
-    save_parts(args, **{part: load_set(f"{args.set}/{part}.npz") for part in ("train", "test")})
+    if os.path.isfile(dataset):
+        return split_set(load_set(dataset), out, attribute, test_share)
+    parts = {part: load_set(f"{dataset}/{part}.npz") for part in ("train", "test")}
+    save_parts(out, attribute, **parts)
 
-def export(args):
-    """Write a dataset as Harvard-FairSeg files, or with --png as pictures."""
-    data, folder = load_set(args.set), pathlib.Path(args.folder)
-    for name in ("image", "mask") if args.png else ("",):
+def export(dataset, folder, png=False):
+    """Write a dataset as Harvard-FairSeg files, or with --png as pictures for other tools."""
+    data, folder = load_set(dataset), pathlib.Path(folder)
+    for name in ("image", "mask") if png else ("",):
         (folder / name).mkdir(parents=True, exist_ok=True)
     if any(path.is_file() for path in folder.rglob("*")):
         raise InputError(f"{folder}: holds files; expected a new folder, or patients would mix")
     for i in range(len(data["name"])):
         patient = subset(data, i)
-        if args.png:
+        if png:
             for key in ("image", "mask"):
                 Image.fromarray(patient[key]).save(folder / key / f"{i + 1:05d}.png")
             continue
@@ -510,7 +521,8 @@ class Run:
         self.ema = copy.deepcopy(net).requires_grad_(False)
         self.decay = decay
         self.rank = int(os.environ.get("RANK", 0))
-        self.step, self.losses = 0, []
+        self.step = 0
+        self.losses = []
         if os.path.exists(path):
             state = load_checkpoint(path)
             for key, value in config.items():
@@ -624,9 +636,9 @@ body {font: 16px/1.5 sans-serif; max-width: 60em; margin: auto; padding: 1em}
 pre {overflow-x: auto; font-size: 13px} img {max-width: 100%} div {margin: 2px; padding: 0 .3em}
 </style><h1>FairDiff</h1>"""
 
-def report(args):
+def report(out):
     """Write OUT/report.html: the result, then pictures and logs of all stages in their order."""
-    out = pathlib.Path(args.out)
+    out = pathlib.Path(out)
     if not (out / "log/table.txt").is_file():
         raise InputError(f"{out}: no log/table.txt; expected the folder of a finished train.sh")
     page = [PAGE]
@@ -645,124 +657,96 @@ def report(args):
 
 # ---- Command line -------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line too, for files with several commands."""
+    """argparse whose errors are one line, too."""
     def error(self, message):
         raise InputError(f"{message}; see `python {self.prog} --help`")
 
-    def command(self, name, run, text):
-        """Add a command; run(args) is called for it. Returns its parser."""
-        if self._subparsers is None:
-            self.commands = self.add_subparsers(dest="command", required=True)
-        p = self.commands.add_parser(name, help=text, description=text)
-        p.set_defaults(run=run)
-        return p
+def add_command(commands, function):
+    """A command for a function: its parameters are arguments, those with a default settings.
 
-    def training_settings(self, steps, batch, lr):
-        """Add the settings that all trainings share, with their defaults."""
-        self.add_argument("--steps", type=int, default=steps, help="optimizer steps")
-        self.add_argument("--batch", type=int, default=batch, help="items a step")
-        self.add_argument("--lr", type=float, default=lr, help="peak learning rate")
-        self.add_argument("--seed", type=int, default=0, help="draws weights, batches, noise")
-        self.add_argument("--device", default="auto", help="cpu, cuda, mps, ... (cuda if it works)")
+    An annotation is the type: a list takes several words, a typing.Literal one of its words.
+    """
+    text = inspect.getdoc(function)
+    p = commands.add_parser(function.__name__.replace("_", "-"), description=text,
+                            help=text.split("\n")[0], formatter_class=argparse.RawTextHelpFormatter)
+    p.set_defaults(function=function)
+    for name, parameter in inspect.signature(function).parameters.items():
+        default, kind = parameter.default, parameter.annotation
+        option = "--" + name.replace("_", "-")
+        extra = {"nargs": "+"} if kind is list else {}
+        if default is parameter.empty:
+            p.add_argument(name, **extra)
+        elif default is False:
+            p.add_argument(option, action="store_true")
+        elif typing.get_args(kind):
+            p.add_argument(option, default=default, choices=typing.get_args(kind))
+        else:
+            kind = {parameter.empty: type(default), list: str}.get(kind, kind)
+            p.add_argument(option, type=kind, default=default, help=f"default: {default}", **extra)
 
-    def run(self, argv):
-        """Run the command in argv; returns 0 done, 1 failed, 2 bad input, 130 interrupted."""
-        sys.stdout.reconfigure(errors="replace")        # for an ASCII terminal
-        sys.stderr.reconfigure(errors="replace")
-        try:
-            args = self.parse_args(argv)
-            for key, value in vars(args).items():
-                if type(value) is int and value < (key not in ("seed", "test", "rare")):
-                    raise InputError(f"--{key} {value}; expected a larger number")
-            args.run(args)
-            return 0
-        except BrokenPipeError:                         # `... | head` has read enough
-            sys.stdout = open(os.devnull, "w")
-            return 1
-        except (InputError, OSError) as error:
-            code, line = 2, error
-        except (FloatingPointError, torch.cuda.OutOfMemoryError) as error:
-            code, line = 1, error
-        except KeyboardInterrupt:
-            code, line = 130, "interrupted; the same command continues a training"
-        print(f"{self.prog}: {line}", file=sys.stderr)
-        return code
+def command_line(argv, *functions):
+    """Run the one of the functions that argv names, with the settings in argv.
 
-def number_or(word):
-    """argparse type: a whole number, or one word."""
-    return lambda text: text if text == word else int(text)
+    Returns the exit code: 0 done, 1 the work failed, 2 bad input, 130 interrupted.
+    """
+    sys.stdout.reconfigure(errors="replace")            # for an ASCII terminal
+    sys.stderr.reconfigure(errors="replace")
+    parser = Parser()
+    commands = parser.add_subparsers(required=True)
+    for function in functions:
+        add_command(commands, function)
+    try:
+        settings = vars(parser.parse_args(argv))
+        for key, value in settings.items():
+            if type(value) is int and value < (key not in ("seed", "test", "rare")):
+                raise InputError(f"--{key} {value}; expected a larger number")
+        settings.pop("function")(**settings)
+        return 0
+    except BrokenPipeError:                             # `... | head` has read enough
+        sys.stdout = open(os.devnull, "w")
+        return 1
+    except (InputError, OSError) as error:
+        code, line = 2, error
+    except (FloatingPointError, torch.cuda.OutOfMemoryError) as error:
+        code, line = 1, error
+    except KeyboardInterrupt:
+        code, line = 130, "interrupted; the same command continues a training"
+    print(f"{parser.prog}: {line}", file=sys.stderr)
+    return code
 
-def phantom(args):
-    """Write OUT/train.npz, and unless --test is 0 OUT/test.npz, of phantom patients."""
-    seed = 4 * args.seed + 2 * bool(args.balance)       # sets of one seed share no patient
-    train = make_phantom(args.train, args.size, seed, args.shift, args.balance, args.rare)
-    if args.test:
-        test = make_phantom(args.test, args.size, seed + 1, args.shift, args.balance)
-    save_parts(args, train=train, **({"test": test} if args.test else {}))
+def phantom(out="data", train=1000, test=2000, size=64, seed=0, shift=1.0, balance: str = None,
+            rare: int = None, attribute="race"):
+    """Draw phantom patients: OUT/train.npz and, unless --test is 0, OUT/test.npz.
 
-def mix(args):
-    """Write the Equal Scale set of a real set and synthetic ones, and print the counts."""
-    real, synthetic = load_set(args.real), concatenate(*map(load_set, args.synthetic))
-    mixed = equal_scale(real, synthetic, args.attribute, args.target, args.seed, args.n_real)
-    save_set(args.out, mixed)
+    shift: how far the races differ; balance: a column whose groups are made equal in size; rare:
+    training images of the rarest race, by default 9.2 %; attribute: column of the picture.
+    """
+    seed = 4 * seed + 2 * bool(balance)                 # sets of one seed share no patient
+    parts = {"train": make_phantom(train, size, seed, shift, balance, rare)}
+    if test:
+        parts["test"] = make_phantom(test, size, seed + 1, shift, balance)
+    save_parts(out, balance or attribute, **parts)
+
+def mix(real, synthetic: list, out="mixed.npz", attribute="race", target: number_or_word = None,
+        n_real: int = None, seed=0):
+    """Write the Equal Scale set (Eq. 6) of a real set and synthetic ones, and print the counts.
+
+    target: images a group, by default real images / groups, or max: the largest group; n_real:
+    first draw so many real images.
+    """
+    real, synthetic = load_set(real), concatenate(*map(load_set, synthetic))
+    mixed = equal_scale(real, synthetic, attribute, target, seed, n_real)
+    save_set(out, mixed)
     order = np.argsort(~mixed["synthetic"], kind="stable")
-    save_group_grid(f"{args.out}.png", subset(mixed, order), args.attribute)
-    for name in group_codes(real, args.attribute)[1]:
-        own = mixed["synthetic"][mixed[args.attribute] == name]
-        print(f"{name:<16}{(real[args.attribute] == name).sum():>6} real images before, now "
+    save_group_grid(f"{out}.png", subset(mixed, order), attribute)
+    for name in group_codes(real, attribute)[1]:
+        own = mixed["synthetic"][mixed[attribute] == name]
+        print(f"{name:<16}{(real[attribute] == name).sum():>6} real images before, now "
               f"{(~own).sum()} real and {own.sum()} synthetic")
 
 def main(argv=None):
     """The command line; returns the exit code."""
-    parser = Parser(prog="fairdiff.py", description="Data, Equal Scale and report of FairDiff.")
-    p = parser.command("phantom", phantom, "draw phantom patients, no medical evidence")
-    p.add_argument("--train", type=int, default=1000, help="training images")
-    p.add_argument("--test", type=int, default=2000, help="test images")
-    p.add_argument("--shift", type=float, default=1.0, help="how far the races differ")
-    p.add_argument("--balance", choices=MARGINALS, help="column whose groups are made equal")
-    p.add_argument("--rare", type=int, help="training images of the rarest race (9.2 %%)")
-    p.add_argument("--seed", type=int, default=0, help="draws everything")
-    sources = [p]
-    p = parser.command("fairseg", fairseg, "import Harvard-FairSeg files")
-    p.add_argument("folder", help="one .npz a patient")
-    p.add_argument("--split", nargs="+", help="TRAIN.txt TEST.txt (default: those in FOLDER)")
-    sources.append(p)
-    p = parser.command("images", images, "import pictures, masks and a table of groups")
-    p.add_argument("images", help="folder of grey or colour pictures")
-    p.add_argument("masks", help="folder of masks with the same names")
-    p.add_argument("groups", help="CSV: the file's name, then group columns; also patient, split")
-    p.add_argument("--labels", type=lambda text: list(map(int, text.split(","))),
-                   help="mask values of background, rim and cup (default: 0,1,2)")
-    p.add_argument("--channel", choices=("all", "green"), default="all", help="all: the luminance")
-    sources.append(p)
-    p = parser.command("split", split, "check a dataset of your own and split it in two")
-    p.add_argument("set", help="dataset .npz, or a folder with train.npz and test.npz")
-    sources.append(p)
-    for p in sources:
-        p.add_argument("--attribute", help="group column that must be there (default: the first)")
-        p.add_argument("--out", default="data", help="folder for train.npz and test.npz")
-        p.add_argument("--size", type=int, default=64, help="pixels a side")
-    for p in sources[1:]:
-        p.set_defaults(labels=[0, 1, 2])
-        p.add_argument("--crop", type=number_or("disc"), default=512, help="pixels a side, or disc")
-        p.add_argument("--test-share", type=float, default=0.2, help="if no split is given")
-        p.add_argument("--skip-bad", action="store_true", help="leave out unusable files")
-        p.add_argument("--files", help="checksum of the files; train.sh notices where they change")
-    p = parser.command("export", export, "write Harvard-FairSeg files or pictures")
-    p.add_argument("set", help="dataset .npz")
-    p.add_argument("folder", help="a new folder")
-    p.add_argument("--png", action="store_true", help="pictures, for other tools")
-    p = parser.command("mix", mix, "Equal Scale, Eq. 6")
-    p.add_argument("real", help="dataset .npz of real images")
-    p.add_argument("synthetic", nargs="+", help="datasets .npz of synthetic images")
-    p.add_argument("--attribute", default="race", help="group column")
-    p.add_argument("--target", type=number_or("max"), help="images a group (real / groups), or max")
-    p.add_argument("--n-real", type=int, help="first draw so many real images")
-    p.add_argument("--seed", type=int, default=0, help="draws who is kept")
-    p.add_argument("--out", default="mixed.npz", help="the mixed dataset")
-    p = parser.command("report", report, "write one page with everything that a run made")
-    p.add_argument("out", help="the folder of the run")
-    return parser.run(argv)
+    return command_line(argv, phantom, fairseg, images, split, export, mix, report)
 
 if __name__ == "__main__":
     sys.exit(main())

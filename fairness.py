@@ -2,9 +2,8 @@
 
     python fairness.py table data/test.npz plain=plain.npz equal=equal.npz --attribute race
 
-Every image gets a Dice and an IoU. Their group means give the equity-scaled score (Eq. 7), the
-fairness of Eq. 1 and what Tables 2-5 leave out: intervals, tests, the gap that equal groups show.
-The last part compares generated with real sets (Section 3.2).
+Group means of Dice and IoU give the equity-scaled score (Eq. 7), the fairness of Eq. 1 and what
+Tables 2-5 leave out: intervals, tests, and the gap that equal groups show by chance.
 N images, H W pixels, G groups, B resamples, D features. Group -1, unknown, counts in overall.
 """
 import csv
@@ -14,7 +13,7 @@ from collections import namedtuple
 import numpy as np
 from scipy.spatial.distance import cdist
 
-from fairdiff import InputError, Parser, group_codes, load_set, replacing
+from fairdiff import InputError, command_line, group_codes, load_set, replacing
 
 # ---- Scores of one image ------------------------------------------------------------------------
 def iou(pred, true, label):
@@ -124,10 +123,8 @@ def compare(scores_a, scores_b, group, names=None, n_boot=2000, seed=0, ci=0.95)
 
 # ---- Distances between sets of features ---------------------------------------------------------
 def frechet_distance(x, y):
-    """|mx - my|^2 + tr(Cx + Cy - 2 (Cx Cy)^1/2) of features (N, D) and (M, D) (Heusel et al. 2017).
-
-    NaN where N or M is at most D, which is too few for a covariance.
-    """
+    """|mx - my|^2 + tr(Cx + Cy - 2 (Cx Cy)^1/2) of features (N, D) and (M, D) (Heusel et al. 2017);
+    NaN where N or M is at most D, which is too few for a covariance."""
     if min(len(x), len(y)) <= x.shape[1]:
         return np.nan
     cx = np.cov(x, rowvar=False)
@@ -152,7 +149,7 @@ def one_nna(gg, rr, gr):
     return float(((same < other) + 0.5 * (same == other)).mean())
 
 def set_distance(generated, test, train):
-    """Compare features (N, D) of a generated set with those of a test set, equal in number.
+    """Compare features (N, D) of a generated set with those of a test set, the first of each.
 
     memorised: share closer to a training item than 99 % of the training items are to each other.
     """
@@ -191,21 +188,21 @@ def print_table(title, heads, lines):
     for line in [heads, ["-" * width for width in widths], *lines]:
         print("| " + " | ".join(map(str.ljust, line, widths)) + " |")
 
-def table(args):
-    """Score predictions: write every value to a CSV file, then print Tables 2-5 and the result."""
-    truth = load_set(args.set)
-    group, names = group_codes(truth, args.attribute)
-    scores, reports, lines = score_predictions(args.predictions, truth), {}, []
+def table(dataset, predictions: list, out="results.csv", attribute="race"):
+    """Score predictions NAME=FILE, or NAME:SEED=FILE: write a CSV file, print Tables 2-5."""
+    truth = load_set(dataset)
+    group, names = group_codes(truth, attribute)
+    scores, reports, lines = score_predictions(predictions, truth), {}, []
     for key, trainings in scores.items():
         if len(trainings) > 1:                          # a score is its mean over the trainings
             trainings["mean"] = np.mean(list(trainings.values()), axis=0)
         for seed, values in trainings.items():
             report = fair_report(values, group, names)
-            lines += [[args.attribute, key[0], seed, *key[1:], *row] for row in report]
+            lines += [[attribute, key[0], seed, *key[1:], *row] for row in report]
         scores[key] = values                            # the mean, if there are several
         reports[key] = {row.name: f"{row.value:.4f}" for row in report}
         reports[key]["interval"] = "{2:.4f} [{3:.4f}, {4:.4f}]".format(*report[0])
-    with replacing(args.out) as path, open(path, "w", newline="", encoding="utf-8") as file:
+    with replacing(out) as path, open(path, "w", newline="", encoding="utf-8") as file:
         heads = "attribute method seed structure metric group n value lo hi".split()
         csv.writer(file).writerows([heads, *lines])
     methods = list(dict.fromkeys(method for method, _, _ in scores))
@@ -216,18 +213,19 @@ def table(args):
             for metric in ("dice", "iou"):
                 report = reports[line[0], structure, metric]
                 line += [report[name] for name in ("es", "interval", *names)]
-        print_table(f"{structure}, by {args.attribute}", heads, lines)
+        print_table(f"{structure}, by {attribute}", heads, lines)
     lines = []
+    worst = {}
     for method in methods:
         own, first = scores[method, "mean", "dice"], scores[methods[0], "mean", "dice"]
         report = reports[method, "mean", "dice"]
+        worst[method] = float(report["worst"])
         gap = f"{report['gap']} ({chance_level(own, group)[1]:.4f})"
         rows = {row.name: row for row in compare(own, first, group, names)}
         difference = "{2:+.4f} [{3:+.4f}, {4:+.4f}]".format(*rows["worst"])
         lines.append([method, report["interval"], report["worst"], gap, difference])
     heads = ["trained on", "all patients", "worst", "gap (by chance)", f"worst - {methods[0]}"]
-    print_table(f"mean Dice of {len(group)} images, by {args.attribute}, [95 %]", heads, lines)
-    worst = {method: float(reports[method, "mean", "dice"]["worst"]) for method in methods}
+    print_table(f"mean Dice of {len(group)} images, by {attribute}, [95 %]", heads, lines)
     if {"plain", "equal", "oracle"} <= set(methods) and worst["oracle"] > worst["plain"]:
         share = (worst["equal"] - worst["plain"]) / (worst["oracle"] - worst["plain"])
         print(f"\nEqual Scale closes {share:.0%} of the distance to the oracle in the worst group.")
@@ -236,13 +234,7 @@ def table(args):
 
 def main(argv=None):
     """The command line; returns the exit code."""
-    parser = Parser(prog="fairness.py", description="Scores, fairness and distances between sets.")
-    p = parser.command("table", table, "score predictions by group, Tables 2-5")
-    p.add_argument("set", help="the images that were predicted, with their true masks")
-    p.add_argument("predictions", nargs="+", help="NAME=FILE, or NAME:SEED=FILE of several")
-    p.add_argument("--attribute", default="race", help="group column")
-    p.add_argument("--out", default="results.csv", help="CSV file with every value")
-    return parser.run(argv)
+    return command_line(argv, table)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,6 +10,7 @@ of sets learns to denoise them. B batch, N points, C channels, D latent numbers,
 import csv
 import math
 import sys
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,8 +19,8 @@ import torch.nn.functional as F
 from scipy import ndimage
 from tqdm import tqdm
 
-from fairdiff import (InputError, Parser, Run, autocast, fingerprint, group_codes, load_checkpoint,
-                      load_set, replacing, save_grid, save_set, setup)
+from fairdiff import (InputError, Run, autocast, command_line, fingerprint, group_codes,
+                      load_checkpoint, load_set, replacing, save_grid, save_set, setup)
 from fairness import print_table, set_distance
 
 # ---- Masks to points (Eq. 3-4): an outline is a centre and a radius at each angle ---------------
@@ -28,8 +29,7 @@ SMOOTH = 16                             # harmonics of a sampled outline; higher
 
 def largest_component(region):
     """The largest component of a bool image, without holes, and without hairs if it is large."""
-    if region.sum() > 2000:
-        region = ndimage.binary_opening(region)
+    region = ndimage.binary_opening(region) if region.sum() > 2000 else region
     labels, _ = ndimage.label(region)
     sizes = np.bincount(labels.ravel(), minlength=2)[1:]
     return ndimage.binary_fill_holes(labels == 1 + sizes.argmax())
@@ -93,14 +93,12 @@ def split_outlines(points):
     return parts if on_cup.mean() > 0.02 else parts[:1]
 
 def points_to_mask(points, size, harmonics=256):
-    """Mask uint8 (H, W) of points (N, 3); size: a side or (H, W). ValueError: under 8 points."""
+    """Mask uint8 (H, W) of points (N, 3); size: a side or (H, W). ValueError: none on the disc."""
     h, w = (size, size) if isinstance(size, int) else size
     x = (2 * np.arange(w) + 1) / w - 1                                  # of pixels, in [-1, 1]
     y = (2 * np.arange(h) + 1) / h - 1
     mask = np.zeros((h, w), np.uint8)
     for label, xy in enumerate(split_outlines(points)):
-        if len(xy) < 8:
-            raise ValueError(f"{len(xy)} points on an outline; expected at least 8")
         outline = fit_outline(xy, harmonics)
         columns = np.abs(x - outline[0][0]) <= outline[1].max()         # its box, to save time
         rows = np.abs(y - outline[0][1]) <= outline[1].max()
@@ -217,8 +215,7 @@ class DDPM:
 
     def scales(self, t, x):
         """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at steps t (B,), shaped like x (B, ...)."""
-        self.alpha_bar = self.alpha_bar.to(x.device)
-        alpha_bar = self.alpha_bar[t].view(-1, *[1] * (x.ndim - 1))
+        alpha_bar = self.alpha_bar.to(x.device)[t].view(-1, *[1] * (x.ndim - 1))
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def noise(self, x0, t, eps):
@@ -262,110 +259,116 @@ def build(config, device="cpu"):
     net = PointNet(len(config["groups"]), config["width"], config["latent"]).to(device)
     return net, DDPM(predict=config["predict"], schedule=config["schedule"])
 
-def train(args):
-    """Train on the clouds of all groups, or with --group on those of one, as the paper does."""
-    device, world = setup(args.device)
-    data = load_set(args.set)
-    code, names = group_codes(data, args.attribute)
-    rows = np.flatnonzero(data["mask"].any((1, 2)) & (code >= 0))
-    if args.group:
-        rows = rows[data[args.attribute][rows] == args.group]
+def train(dataset, out="points.pt", attribute="race", group: str = None, width=96, latent=16,
+          points=256, predict: Literal["v", "eps"] = "v",
+          schedule: Literal["cosine", "linear"] = "cosine", steps=2800, batch=16, lr=2e-3, seed=0,
+          device="auto"):
+    """Train on the clouds of all groups, or of one group alone, as the paper does.
+
+    width: channels; latent: numbers in a code; points: of the 512, drawn anew at every step.
+    """
+    device, world = setup(device)
+    data = load_set(dataset)
+    code, names = group_codes(data, attribute)
+    members = data[attribute] == group if group else code >= 0
+    rows = np.flatnonzero(members & data["mask"].any((1, 2)))
     if not len(rows):
-        raise InputError(f"{args.set}: no mask with a disc of {args.group or 'any group'}")
-    points = np.stack([mask_to_points(data["mask"][i]) for i in tqdm(rows, "masks to points")])
-    mean = points.mean((0, 1))
-    std = points.std((0, 1)) + 1e-6
-    x = torch.as_tensor((points - mean) / std, device=device)           # (M, 512, 3)
-    group = torch.as_tensor(code[rows], device=device)                  # (M,)
-    settings = "attribute group steps batch lr seed width latent points predict schedule".split()
-    config = {key: getattr(args, key) for key in settings}
-    config |= {"kind": "points", "groups": names, "size": list(data["mask"].shape[1:]),
-               "mean": mean.tolist(), "std": std.tolist(),
-               "n_equal": round((code >= 0).sum() / len(names)) + 1,
-               "data": fingerprint(data["mask"], code)}
-    torch.manual_seed(args.seed)
+        raise InputError(f"{dataset}: no mask with a disc of {group or 'any group'}")
+    clouds = np.stack([mask_to_points(data["mask"][i]) for i in tqdm(rows, "masks to points")])
+    mean = clouds.mean((0, 1))
+    std = clouds.std((0, 1)) + 1e-6
+    x = torch.as_tensor((clouds - mean) / std, device=device)           # (M, 512, 3)
+    config = {"kind": "points", "attribute": attribute, "group": group, "groups": names,
+              "width": width, "latent": latent, "points": points, "predict": predict,
+              "schedule": schedule, "steps": steps, "batch": batch, "lr": lr, "seed": seed,
+              "mean": mean.tolist(), "std": std.tolist(), "size": list(data["mask"].shape[1:]),
+              "n_equal": round((code >= 0).sum() / len(names)) + 1,
+              "data": fingerprint(data["mask"], code)}
+    code = torch.as_tensor(code[rows], device=device)                   # (M,)
+    torch.manual_seed(seed)
     net, ddpm = build(config, device)
-    optimizer = torch.optim.Adam(net.parameters(), args.lr, fused=True)
-    run = Run(args.out, config, net, optimizer, 0.998)
+    optimizer = torch.optim.Adam(net.parameters(), lr, fused=True)
+    run = Run(out, config, net, optimizer, 0.998)
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     for step in run.steps():
-        rate = min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / args.steps))
-        optimizer.param_groups[0]["lr"] = args.lr * rate                # warm up, then cosine
-        index = torch.randint(len(x), (args.batch // world,), device=device)
-        part = torch.randperm(512, device=device)[:args.points]         # some points of a cloud
+        rate = min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = lr * rate                # warm up, then cosine
+        index = torch.randint(len(x), (batch // world,), device=device)
+        part = torch.randperm(512, device=device)[:points]         # some points of a cloud
         x0 = x[index][:, part]                                          # (B, N, 3)
         with autocast(device):
             mu, var = net.encode(x0)
             z = mu + var.sqrt() * torch.randn_like(mu)
             kl = 0.5 * (mu ** 2 + var - var.log() - 1).sum(1).mean()    # KL(q(z|x) || N(0, I))
-            loss = ddpm.loss(model, x0, group[index], z)
+            loss = ddpm.loss(model, x0, code[index], z)
         optimizer.zero_grad()
         (loss + 1e-5 * kl).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         run.update(loss)
-    run.ema.fit_prior(x, group)
+    run.ema.fit_prior(x, code)
     run.save()
-    print(f"points: loss {np.mean(run.losses[-5:], 0)[1]:.4f} after {args.steps} steps")
+    print(f"points: loss {np.mean(run.losses[-5:], 0)[1]:.4f} after {steps} steps")
 
 # ---- Sampling -----------------------------------------------------------------------------------
-def sample(args):
-    """Sample masks of one group or of all: a dataset whose images are 0."""
-    device, _ = setup(args.device)
-    state = load_checkpoint(args.checkpoint, ("points",))
+def sample(checkpoint, out="masks.npz", group: str = None, n: int = None, size: int = None,
+           steps=32, keep_invalid=False, seed=0, device="auto"):
+    """Sample masks, images 0, of one group or of all: n a group, by default enough for Equal Scale.
+
+    size: pixels a side, by default as trained; keep_invalid: for models that are hardly trained.
+    """
+    device, _ = setup(device)
+    state = load_checkpoint(checkpoint, ("points",))
     config = state["config"]
     net, ddpm = build(config, device)
     net.load_state_dict(state["ema"])
-    group = args.group or config["group"]
-    names = [group] if group else config["groups"]
-    if not set(names) <= set(config["groups"]):
+    group = group or config["group"]
+    if group not in (None, *config["groups"]):
         raise InputError(f"no group {group!r}; expected {', '.join(config['groups'])}")
-    n = args.n or config["n_equal"]
-    size = args.size or config["size"]
+    names = [group] if group else config["groups"]
+    n = n or config["n_equal"]
     masks = []
     for name in names:
         g = config["groups"].index(name)
+        generator = torch.Generator(device).manual_seed(1000 * seed + g)
         clouds, drawn = [], 0
         while len(clouds) < n:
-            count = min(100, n - len(clouds) + 4)
-            seed = np.random.SeedSequence((args.seed, g, drawn)).generate_state(1)[0]
-            generator = torch.Generator(device).manual_seed(int(seed))
-            group = torch.full((count,), g, device=device)
-            x = ddpm.sample(net, (count, config["points"], 3), group,
-                            net.sample_prior(group, generator), steps=args.steps,
+            code = torch.full((min(100, n - len(clouds) + 4),), g, device=device)
+            z = net.sample_prior(code, generator)
+            x = ddpm.sample(net, (len(code), config["points"], 3), code, z, steps=steps,
                             generator=generator, clip=(-4, 4))
             x = x.cpu().numpy() * np.float32(config["std"]) + np.float32(config["mean"])
-            clouds += [cloud for cloud in x if args.keep_invalid or is_valid(cloud)]
-            drawn += count
+            clouds += [cloud for cloud in x if keep_invalid or is_valid(cloud)]
+            drawn += len(code)
             if len(clouds) < 0.2 * drawn:
                 raise InputError(f"{len(clouds)} of {drawn} clouds are valid; expected 20 %: "
                                  "train longer, or --keep-invalid")
-        masks += [points_to_mask(cloud, size, SMOOTH) for cloud in clouds[:n]]
+        masks += [points_to_mask(cloud, size or config["size"], SMOOTH) for cloud in clouds[:n]]
         print(f"{name}: {n} masks, {len(clouds) / drawn:.1%} of {drawn} clouds kept")
     mask = np.stack(masks)
     groups = np.repeat(names, n)
-    unique = [f"synthetic-{args.seed}-{name}-{i:05d}" for i, name in enumerate(groups)]
-    save_set(args.out, {"image": np.zeros_like(mask), "mask": mask, config["attribute"]: groups,
+    unique = [f"synthetic-{seed}-{name}-{i:05d}" for i, name in enumerate(groups)]
+    save_set(out, {"image": np.zeros_like(mask), "mask": mask, config["attribute"]: groups,
                         "name": np.array(unique), "synthetic": np.ones(len(mask), bool)})
     rows = 127 * mask.reshape(len(names), n, *mask.shape[1:])[:, :8]
-    save_grid(f"{args.out}.png", rows, names)
+    save_grid(f"{out}.png", rows, names)
 
 # ---- Evaluation ---------------------------------------------------------------------------------
 def outline_features(masks):
     """Features (M, 36) of masks (M, H, W): centre and 16 radii of disc and cup; no cup: 0."""
-    features = np.zeros((len(masks), 2, 18))
+    features = np.zeros((len(masks), 36))
     for i, mask in enumerate(masks):
         for j, xy in enumerate(split_outlines(mask_to_points(mask))):
             centre, radius = fit_outline(xy, SMOOTH)
-            features[i, j] = [*centre, *radius[::len(ANGLES) // 16]]
-    return features.reshape(len(masks), 36)
+            features[i, 18 * j:][:18] = [*centre, *radius[::len(ANGLES) // 16]]
+    return features
 
-def evaluate(args):
+def evaluate(masks, train, test, out="masks.csv", attribute="race"):
     """Compare sampled masks with test masks by group; below each row, the same for real masks."""
     names, features = None, []
-    for path in (args.masks, args.train, args.test):
+    for path in (masks, train, test):
         data = load_set(path)
-        code, names = group_codes(data, args.attribute, names)          # the names of the first set
+        code, names = group_codes(data, attribute, names)          # the names of the first set
         code[~data["mask"].any((1, 2))] = -1
         features.append([outline_features(data["mask"][code == g]) for g in range(len(names))])
     lines, distance = [], {}
@@ -381,41 +384,13 @@ def evaluate(args):
                           *map("{:.4g}".format, distance.values())])
     heads = ["group", "masks", "cup/disc", "its SD", *distance]
     print_table("sampled masks beside test masks", heads, lines)
-    with replacing(args.out) as path, open(path, "w", newline="", encoding="utf-8") as file:
+    with replacing(out) as path, open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([heads, *lines])
 
 # ---- Command line -------------------------------------------------------------------------------
 def main(argv=None):
     """The command line; returns the exit code."""
-    parser = Parser(prog="pointdiff.py", description="PointNet DDPM of mask boundaries.")
-    p = parser.command("train", train, "train the point model")
-    p.add_argument("set", help="dataset .npz")
-    p.add_argument("--attribute", default="race", help="group column")
-    p.add_argument("--group", help="train on this group alone, as the paper does")
-    p.add_argument("--out", default="points.pt", help="checkpoint, continued if it exists")
-    p.add_argument("--width", type=int, default=96, help="channels of a point's features")
-    p.add_argument("--latent", type=int, default=16, help="numbers in a latent code")
-    p.add_argument("--points", type=int, default=256, help="points a cloud")
-    p.add_argument("--predict", choices=("v", "eps"), default="v", help="paper: eps")
-    p.add_argument("--schedule", choices=("cosine", "linear"), default="cosine", help="of noise")
-    p.training_settings(steps=2800, batch=16, lr=2e-3)
-    p = parser.command("sample", sample, "sample masks")
-    p.add_argument("checkpoint", help="what train wrote")
-    p.add_argument("--group", help="of this group alone")
-    p.add_argument("--n", type=int, help="masks a group; default: enough for Equal Scale")
-    p.add_argument("--size", type=int, help="pixels a side; default: as trained")
-    p.add_argument("--steps", type=int, default=32, help="sampler steps")
-    p.add_argument("--keep-invalid", action="store_true", help="for models that are hardly trained")
-    p.add_argument("--seed", type=int, default=0, help="draws the noise")
-    p.add_argument("--device", default="auto", help="as in train")
-    p.add_argument("--out", default="masks.npz", help="dataset of masks, images 0")
-    p = parser.command("evaluate", evaluate, "compare sampled masks with test masks")
-    p.add_argument("masks", help="what sample wrote")
-    p.add_argument("train", help="dataset .npz of training masks")
-    p.add_argument("test", help="dataset .npz of test masks")
-    p.add_argument("--attribute", default="race", help="group column")
-    p.add_argument("--out", default="masks.csv", help="CSV file of the table")
-    return parser.run(argv)
+    return command_line(argv, train, sample, evaluate)
 
 if __name__ == "__main__":
     sys.exit(main())

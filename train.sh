@@ -102,7 +102,7 @@ train_base() {
 train_control() { stage control-$1 controlnet.py train-control $real base.pt "${@:2}" --steps $control $fit $seed --out control-$1.pt; }
 generate() {
   stage synthetic-$1 controlnet.py sample control-$1.pt masks-$1.npz $sampler --out synthetic-$1.npz
-  stage real-masks-$1 controlnet.py sample control-$1.pt $real --n equal $sampler --out real-masks-$1.npz
+  stage real-masks-$1 controlnet.py sample control-$1.pt $real --equal $sampler --out real-masks-$1.npz
 }
 # 5. TransUNet (Section 3): every row of the tables takes the same number of steps
 row() {

@@ -10,7 +10,7 @@ from test_pointdiff import break_and_continue
 import fairdiff
 import transunet
 from fairness import dice
-from transunet import TransUNet, image_loss, seg_loss
+from transunet import TransUNet, seg_loss
 
 def test_size_of_network_and_images():
     """The base has the published 105.28 M parameters; logits have the image's size, which 16 must divide."""
@@ -71,14 +71,11 @@ def test_load_npz_fills_stem_and_transformer(tmp_path, grid):
             net.load_npz(path)
 
 def test_seg_loss_of_a_hand_computed_batch():
-    """One pixel a class: uniform logits give log 3 and the Dice of each class's sums; image_loss: of each image."""
+    """One pixel a class: uniform logits give log 3 and the Dice of each class's sums."""
     mask = torch.tensor([[[0, 1, 2]]])
     soft_dice = 1 - (2 / 3 + 1e-5) / (3 / 9 + 1 + 1e-5)
     assert seg_loss(torch.zeros(1, 3, 1, 3), mask).item() == pytest.approx(0.5 * np.log(3) + 0.5 * soft_dice)
     assert seg_loss(50.0 * torch.eye(3).view(1, 3, 1, 3), mask) < 1e-4
-    logits, mask = torch.randn(4, 3, 5, 6), torch.randint(3, (4, 5, 6))
-    alone = torch.stack([seg_loss(logits[i:i + 1], mask[i:i + 1]) for i in range(4)])
-    assert torch.allclose(image_loss(logits, mask), alone, atol=1e-6)
 
 def test_groupdro_by_hand():
     """Group 2 is absent, the last image unknown: q_2 and q_0 + q_1 stay, the worse group gains weight."""
@@ -117,9 +114,15 @@ def test_adversary_by_hand():
     guess, group = torch.tensor([[2.0, 0, 1], [0, 1, 0], [5, 0, 0]]).log_softmax(1), torch.tensor([0, 2, -1])
     loss = transunet.adversary_loss(guess, group, torch.tensor([1.5, 9, 0.5]))
     assert loss.item() == pytest.approx(-(1.5 * guess[0, 0] + 0.5 * guess[1, 2]).item() / 3)
-    x, w = torch.tensor([1.0, 2], requires_grad=True), torch.tensor([3.0, 4], requires_grad=True)
-    (transunet.reverse(x, 0.5) * w).sum().backward()
-    assert x.grad.tolist() == [-1.5, -2] and w.grad.tolist() == [1, 2]
+    net = torch.nn.Module()
+    net.q, net.adversary = torch.ones(2), torch.nn.Linear(2, 2)
+    logits, mask, group = torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long), torch.tensor([1])
+    grads = []
+    for strength in (-1.0, 0.5):                                        # -1: the gradient itself
+        token = torch.tensor([[1.0, 2]], requires_grad=True)
+        transunet.method_loss(net, "adv", strength, 1e9, torch.ones(2), logits, token, mask, group).backward()
+        grads.append(token.grad)
+    assert torch.allclose(grads[1], -0.5 * grads[0]) and grads[0].abs().sum() > 0
 
 def test_augment_moves_image_and_mask_together():
     """An image that equals its mask still does, up to interpolated edges; most move and keep their area."""
