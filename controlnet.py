@@ -151,14 +151,13 @@ def train_base(dataset, out="base.pt", attribute="race", width=32, patch: int = 
     width: channels at first, divisible by 8; patch: p x p pixels become channels, by default so
     that 32 remain on a side.
     """
+    config = locals() | {"kind": "base", "widths": [width, 2 * width, 3 * width]}
     data = load_set(dataset)
     _, names = group_codes(data, attribute)
     sides = data["image"].shape[1:]
     fitting = [p for p in range(2, min(sides) // 32 + 1) if math.gcd(*sides) % (4 * p) == 0]
-    config = {"kind": "base", "attribute": attribute, "groups": names,
-              "patch": patch or max(fitting, default=2), "widths": [width, 2 * width, 3 * width],
-              "mean": float(data["image"].mean()), "std": float(data["image"].std()) + 1e-6,
-              "steps": steps, "batch": batch, "lr": lr, "seed": seed}
+    config |= {"groups": names, "patch": patch or max(fitting, default=2),
+               "mean": float(data["image"].mean()), "std": float(data["image"].std()) + 1e-6}
     torch.manual_seed(seed)
     net, _ = build(config)
     fit(net, config, data, out, device)
@@ -169,10 +168,10 @@ def train_control(dataset, base, out="control.pt", group: str = None, lock=False
 
     lock: freeze the decoder, too.
     """
+    settings = locals() | {"kind": "control"}
     data = load_set(dataset)
     net, _, config = load_generator(base, "cpu", ["base"])
-    config |= {"kind": "control", "base": fingerprint(*net.state_dict().values()), "group": group,
-               "lock": lock, "steps": steps, "batch": batch, "lr": lr, "seed": seed}
+    config |= settings | {"base": fingerprint(*net.state_dict().values())}
     if group:
         data = subset(data, data[config["attribute"]] == group)
     torch.manual_seed(seed)

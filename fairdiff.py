@@ -515,6 +515,7 @@ class Run:
     (seed, step), so that on a CPU it ends bit for bit like an unbroken one. InputError: new config.
     """
     def __init__(self, path, config, net, optimizer, decay):
+        config = {key: config[key] for key in config.keys() - {"dataset", "out", "device"}}
         self.path, self.config, self.net, self.optimizer = path, config, net, optimizer
         if next(net.parameters()).is_cuda:              # convolutions are faster so
             net.to(memory_format=torch.channels_last)

@@ -39,8 +39,7 @@ def polar(xy):
     centre = (xy.min(0) + xy.max(0)) / 2
     dx, dy = (xy - centre).T
     angle = np.arctan2(dy, dx)
-    order = angle.argsort()
-    order = np.append(order, order[0])                                  # close the outline
+    order = np.append(angle.argsort(), angle.argmin())                  # close the outline
     angle = np.append(np.sort(angle), angle.min() + 2 * np.pi)
     return centre, angle, np.hypot(dx, dy)[order]
 
@@ -204,8 +203,7 @@ class DDPM:
     """Denoising diffusion (Ho et al. 2020) of tensors (B, ...), with the paper's "eps" and "linear"
     or with "v" (Salimans & Ho 2022) and "cosine" (Nichol & Dhariwal 2021)."""
     def __init__(self, T=1000, predict="v", schedule="cosine"):
-        self.T = T
-        self.predict = predict
+        self.T, self.predict = T, predict
         beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
         if schedule == "cosine":
             t = torch.arange(T + 1, dtype=torch.float64) / T
@@ -267,6 +265,7 @@ def train(dataset, out="points.pt", attribute="race", group: str = None, width=9
 
     width: channels; latent: numbers in a code; points: of the 512, drawn anew at every step.
     """
+    config = locals() | {"kind": "points"}
     device, world = setup(device)
     data = load_set(dataset)
     code, names = group_codes(data, attribute)
@@ -278,12 +277,9 @@ def train(dataset, out="points.pt", attribute="race", group: str = None, width=9
     mean = clouds.mean((0, 1))
     std = clouds.std((0, 1)) + 1e-6
     x = torch.as_tensor((clouds - mean) / std, device=device)           # (M, 512, 3)
-    config = {"kind": "points", "attribute": attribute, "group": group, "groups": names,
-              "width": width, "latent": latent, "points": points, "predict": predict,
-              "schedule": schedule, "steps": steps, "batch": batch, "lr": lr, "seed": seed,
-              "mean": mean.tolist(), "std": std.tolist(), "size": list(data["mask"].shape[1:]),
-              "n_equal": round((code >= 0).sum() / len(names)) + 1,
-              "data": fingerprint(data["mask"], code)}
+    config |= {"groups": names, "size": list(data["mask"].shape[1:]), "mean": mean.tolist(),
+               "std": std.tolist(), "n_equal": round((code >= 0).sum() / len(names)) + 1,
+               "data": fingerprint(data["mask"], code)}
     code = torch.as_tensor(code[rows], device=device)                   # (M,)
     torch.manual_seed(seed)
     net, ddpm = build(config, device)
@@ -292,9 +288,9 @@ def train(dataset, out="points.pt", attribute="race", group: str = None, width=9
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     for step in run.steps():
         rate = min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-        optimizer.param_groups[0]["lr"] = lr * rate                # warm up, then cosine
+        optimizer.param_groups[0]["lr"] = lr * rate                     # warm up, then cosine
         index = torch.randint(len(x), (batch // world,), device=device)
-        part = torch.randperm(512, device=device)[:points]         # some points of a cloud
+        part = torch.randperm(512, device=device)[:points]              # some points of a cloud
         x0 = x[index][:, part]                                          # (B, N, 3)
         with autocast(device):
             mu, var = net.encode(x0)
@@ -341,17 +337,15 @@ def sample(checkpoint, out="masks.npz", group: str = None, n: int = None, size: 
             clouds += [cloud for cloud in x if keep_invalid or is_valid(cloud)]
             drawn += len(code)
             if len(clouds) < 0.2 * drawn:
-                raise InputError(f"{len(clouds)} of {drawn} clouds are valid; expected 20 %: "
-                                 "train longer, or --keep-invalid")
+                raise InputError(f"{len(clouds)} of {drawn} clouds valid: train on, --keep-invalid")
         masks += [points_to_mask(cloud, size or config["size"], SMOOTH) for cloud in clouds[:n]]
         print(f"{name}: {n} masks, {len(clouds) / drawn:.1%} of {drawn} clouds kept")
     mask = np.stack(masks)
     groups = np.repeat(names, n)
     unique = [f"synthetic-{seed}-{name}-{i:05d}" for i, name in enumerate(groups)]
     save_set(out, {"image": np.zeros_like(mask), "mask": mask, config["attribute"]: groups,
-                        "name": np.array(unique), "synthetic": np.ones(len(mask), bool)})
-    rows = 127 * mask.reshape(len(names), n, *mask.shape[1:])[:, :8]
-    save_grid(f"{out}.png", rows, names)
+                   "name": np.array(unique), "synthetic": np.ones(len(mask), bool)})
+    save_grid(f"{out}.png", 127 * mask.reshape(len(names), n, *mask.shape[1:])[:, :8], names)
 
 # ---- Evaluation ---------------------------------------------------------------------------------
 def outline_features(masks):
@@ -368,7 +362,7 @@ def evaluate(masks, train, test, out="masks.csv", attribute="race"):
     names, features = None, []
     for path in (masks, train, test):
         data = load_set(path)
-        code, names = group_codes(data, attribute, names)          # the names of the first set
+        code, names = group_codes(data, attribute, names)               # the names of the first set
         code[~data["mask"].any((1, 2))] = -1
         features.append([outline_features(data["mask"][code == g]) for g in range(len(names))])
     lines, distance = [], {}

@@ -138,9 +138,8 @@ GOOGLE_NAMES = {                                # regular expressions of our nam
     "^blocks.": "Transformer/encoderblock_", r"(norm.?|gn\w+)\.weight": r"\1.scale",
     "^norm": "Transformer/encoder_norm", "norm1": "LayerNorm_0", "norm2": "LayerNorm_2",
     "fc1": "MlpBlock_3/Dense_0", "fc2": "MlpBlock_3/Dense_1", "weight": "kernel",
-    r"\.(q|k|v|out)\.": r"/MultiHeadDotProductAttention_1/\1.",
-    "/q": "/query", "/k": "/key", "/v": "/value", r"\.": "/",
-    "position": "Transformer/posembed_input/pos_embedding"}
+    r"\.(q|k|v|out)\.": r"/MultiHeadDotProductAttention_1/\1.", "/q": "/query", "/k": "/key",
+    "/v": "/value", r"\.": "/", "position": "Transformer/posembed_input/pos_embedding"}
 
 class TransUNet(nn.Module):
     """Images (B, 1, H, W) in [0, 1], sides divisible by 16, to logits (B, K, H, W)."""
@@ -211,8 +210,7 @@ class TransUNet(nn.Module):
 def soft_dice(p, mask, dims=(0, 2, 3)):
     """1 - Dice (K,) of p (B, K, H, W) and mask (B, H, W); dims (2, 3): of each image, (B, K)."""
     true = F.one_hot(mask, p.shape[1]).movedim(-1, 1)                   # (B, K, H, W)
-    overlap = (p * true).sum(dims)
-    return 1 - (2 * overlap + 1e-5) / ((p ** 2).sum(dims) + true.sum(dims) + 1e-5)
+    return 1 - (2 * (p * true).sum(dims) + 1e-5) / ((p ** 2).sum(dims) + true.sum(dims) + 1e-5)
 
 def seg_loss(logits, mask):
     """Half cross-entropy, half soft Dice, as published, of (B, K, H, W) and mask (B, H, W)."""
@@ -310,6 +308,7 @@ def train(dataset, out="seg.pt", method: Literal[METHODS] = "plain", strength=1.
     strength: of adv, groupdro or fairseg; width: channels of the compact network's first layer;
     base: the published R50-ViT-B/16; weights: its R50+ViT-B_16.npz.
     """
+    config = locals() | {"kind": "transunet"}
     device, world = setup(device)
     data = load_set(dataset)
     code, names = group_codes(data, attribute)
@@ -317,20 +316,16 @@ def train(dataset, out="seg.pt", method: Literal[METHODS] = "plain", strength=1.
         raise InputError(f"{dataset}: all masks are empty; expected labels 1 and 2 in some")
     if batch // world == 1 and data["mask"][0].size == 256:             # BatchNorm of one value
         raise InputError("one image of 16 px a step; expected --batch 2 or larger images")
-    sgd = optimizer == "sgd"
-    lr = lr or (0.01 if sgd else 4e-3)
-    config = {"kind": "transunet", "method": method, "strength": strength, "attribute": attribute,
-              "groups": names, "optimizer": optimizer, "width": width, "base": base,
-              "weights": bool(weights), "steps": steps, "batch": batch, "lr": lr, "seed": seed,
-              "data": fingerprint(data["image"], data["mask"], code)}
+    lr = lr or {"adamw": 4e-3, "sgd": 0.01}[optimizer]
+    config |= {"groups": names, "data": fingerprint(data["image"], data["mask"], code)}
     torch.manual_seed(seed)
     net = build(config).to(device)
     if weights:
         net.load_npz(weights)
-    optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.01, fused=True)
-    if sgd:
-        optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=1e-4)
-    run = Run(out, config, net, optimizer, 0.995)
+    updater = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.01, fused=True)
+    if optimizer == "sgd":
+        updater = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=1e-4)
+    run = Run(out, config, net, updater, 0.995)
     if world > 1 and device.type == "cuda":             # shares the weights with net
         nn.SyncBatchNorm.convert_sync_batchnorm(net)
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
@@ -338,22 +333,21 @@ def train(dataset, out="seg.pt", method: Literal[METHODS] = "plain", strength=1.
     image = torch.as_tensor(data["image"], device=device)
     mask = torch.as_tensor(data["mask"], device=device)
     group = torch.as_tensor(code, device=device)
-    count = torch.bincount(group[group >= 0], minlength=len(names))
-    rarity = len(group) / len(names) / count                            # (G,), mean about 1
+    rarity = len(code) / len(names) / torch.bincount(group[group >= 0], minlength=len(names))
     for step in run.steps():
         done = step / steps
         factor = min(10 * done + 0.01, 0.5 + 0.5 * math.cos(math.pi * done))    # warm-up, cosine
-        if sgd:                                     # as published
+        if optimizer == "sgd":                                          # as published
             factor = (1 - done) ** 0.9
-        optimizer.param_groups[0]["lr"] = lr * factor
+        updater.param_groups[0]["lr"] = lr * factor
         index = torch.multinomial(weight, batch // world, replacement=True)
         x, y = augment(image[index, None].float() / 255, mask[index].long())
         with autocast(device):
             logits, token = model(x, with_tokens=True)                  # (B, K, H, W), (B, D)
         loss = method_loss(net, method, strength, done, rarity, logits, token, y, group[index])
-        optimizer.zero_grad()
+        updater.zero_grad()
         loss.backward()
-        optimizer.step()
+        updater.step()
         run.update(loss)
     print(f"{method}: loss {np.mean(run.losses[-5:], 0)[1]:.4f} after {steps} steps")
     pred = predict_masks(run.ema, data["image"][:8], device)

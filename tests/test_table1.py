@@ -26,7 +26,7 @@ def test_losses_of_hand_made_logits():
     half = np.log(np.exp(5) + 3) - 5
     assert table1.balanced_entropy(logits, mask, mask).item() == pytest.approx(np.log(4) / 2 + half / 2, rel=1e-4)
 
-@pytest.mark.parametrize("method", table1.RATES)
+@pytest.mark.parametrize("method", table1.METHODS)
 def test_three_steps(phantom, method):
     """Each trains; images have the masks' size and depend on the mask; SPADE and OASIS also on their noise."""
     code, names = fairdiff.group_codes(phantom, "race")

@@ -19,7 +19,6 @@ import fairdiff  # noqa: E402
 import pointdiff  # noqa: E402
 import transunet  # noqa: E402
 
-
 def seconds(work, device, repeat=8):
     """Median seconds of one call after two warm-ups."""
     times = []
@@ -30,7 +29,6 @@ def seconds(work, device, repeat=8):
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     return float(np.median(times[2:]))
-
 
 def main():
     """Print the table."""
@@ -94,7 +92,6 @@ def main():
         image, mask = torch.rand(2, 1, 224, 224, device=device), torch.zeros(2, 224, 224, dtype=torch.long, device=device)
         training("TransUNet base, step of 2, 224 px", 2, transunet.TransUNet.base(),
                  lambda net: transunet.seg_loss(net(image), mask))
-
 
 if __name__ == "__main__":
     main()

@@ -19,7 +19,6 @@ import pointdiff  # noqa: E402
 
 SIDE = 192                              # pixels of a picture in the film
 
-
 class Recorder(torch.nn.Module):
     """A denoiser that keeps every noisy input it is given."""
     def __init__(self, net):
@@ -31,7 +30,6 @@ class Recorder(torch.nn.Module):
         self.frames.append(x.cpu().numpy())
         return self.net(x, *condition)
 
-
 def draw_points(points):
     """A cloud (N, 3) on white: disc blue, cup orange."""
     picture = Image.new("RGB", (SIDE, SIDE), "white")
@@ -41,11 +39,9 @@ def draw_points(points):
         pen.ellipse((column - 1, row - 1, column + 1, row + 1), fill=(255, 150, 20) if z > 0 else (60, 140, 230))
     return picture
 
-
 def enlarge(array):
     """A grey array (H, W) as a picture of the film's size."""
     return Image.fromarray(array.astype(np.uint8)).convert("RGB").resize((SIDE, SIDE), Image.Resampling.NEAREST)
-
 
 def frames_of_group(out, g, seed):
     """The group's name and the pictures (caption, picture, milliseconds) of its sampling."""
@@ -70,7 +66,6 @@ def frames_of_group(out, g, seed):
     frames.append(("the image of the mask", enlarge(image[0]), 2500))
     return config["groups"][g], frames
 
-
 def main():
     """Write the animation and copy the pictures."""
     out = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "out")
@@ -90,7 +85,6 @@ def main():
     shutil.copy(out / "data/train.npz.png", root / "assets/phantom.png")
     shutil.copy(out / "synthetic-all.npz.png", root / "assets/synthetic.png")
     print(f"{path}: {len(film)} frames, {path.stat().st_size / 1e6:.2f} MB")
-
 
 if __name__ == "__main__":
     main()

