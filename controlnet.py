@@ -7,7 +7,7 @@
 
 The base learns what images of a group look like, the ControlNet (Zhang et al. 2023) to follow a
 mask. `evaluate` measures whether images show their masks.
-B batch, C channels, H W image, p patch, h w features, E embedding.
+B batch, N images, C channels (Ci at level i), H W image, p patch, h w level, E embedding.
 """
 import copy
 import csv
@@ -29,8 +29,15 @@ from pointdiff import DDPM, timestep_embedding
 from transunet import draw_weights, load_segmenter, predict_masks
 
 # ---- The base: a UNet ---------------------------------------------------------------------------
+def zero_conv(channels, size=1):
+    """Z of Eq. 5: a convolution that starts at zero; it learns, as its input is not zero."""
+    conv = nn.Conv2d(channels, channels, size, padding=size // 2)
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    return conv
+
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions with a residual; step and group scale and shift what is between them."""
+    """Two 3x3 convolutions and a shortcut; step and group modulate the features between them."""
     def __init__(self, c_in, c_out, emb):
         super().__init__()
         self.norm1 = nn.GroupNorm(8, c_in)
@@ -47,7 +54,7 @@ class ResBlock(nn.Module):
         return self.skip(x) + self.conv2(F.silu(y))                     # (B, C, h, w)
 
 class Encoder(nn.Module):
-    """The UNet's first half; returns one skip a level, the middle and the embedding."""
+    """The UNet's first half; returns one skip a level, the middle, the embedding (B, E)."""
     def __init__(self, n_groups, widths, patch, emb):
         super().__init__()
         self.dim, self.patch = widths[0], patch
@@ -94,24 +101,17 @@ class UNet(nn.Module):
         self.encoder = Encoder(n_groups, widths, patch, emb)
         self.decoder = Decoder(widths, patch, emb)
 
-    def forward(self, x, t, group, mask=None):                          # it ignores the mask
+    def forward(self, x, t, group, mask=None):                          # as a ControlNet is called
         return self.decoder(*self.encoder(x, t, group))                 # (B, 1, H, W)
 
 # ---- The ControlNet (Eq. 5) ---------------------------------------------------------------------
-def zero_conv(channels, size=1):
-    """Z of Eq. 5: a convolution that starts at zero; it learns, as its gradient is not zero."""
-    conv = nn.Conv2d(channels, channels, size, padding=size // 2)
-    nn.init.zeros_(conv.weight)
-    nn.init.zeros_(conv.bias)
-    return conv
-
 class ControlNet(nn.Module):
-    """y_c = F(x; Phi) + Z(F(x + Z(c; Phi_z1); Phi_c); Phi_z2), Eq. 5; mask long (B, H, W)."""
+    """y_c = F(x; Phi) + Z(F(x + Z(c; Phi_z1); Phi_c); Phi_z2), Eq. 5; c = E(mask (B, H, W))."""
     def __init__(self, base, lock=False):
         super().__init__()
         self.encoder = base.encoder.requires_grad_(False)               # Phi
         self.copy = copy.deepcopy(base.encoder).requires_grad_(True)    # Phi_c
-        self.decoder = base.decoder.requires_grad_(not lock)            # trained, too, unless lock
+        self.decoder = base.decoder.requires_grad_(not lock)            # the paper freezes it
         w, p = base.widths, base.patch
         self.hint = nn.Sequential(nn.PixelUnshuffle(p), nn.Conv2d(3 * p * p, w[0], 3, padding=1),
                                   nn.SiLU(), nn.Conv2d(w[0], w[0], 3, padding=1), nn.SiLU())
@@ -119,10 +119,10 @@ class ControlNet(nn.Module):
         self.z2 = nn.ModuleList(map(zero_conv, (*w, w[-1])))            # Phi_z2: skips, middle
 
     def forward(self, x, t, group, mask):
-        c = F.one_hot(mask, 3).movedim(-1, 1).to(x.dtype)               # (B, 3, H, W)
+        labels = F.one_hot(mask, 3).movedim(-1, 1).to(x.dtype)          # (B, 3, H, W)
         with torch.no_grad():
             skips, h, emb = self.encoder(x, t, group)                   # F(x; Phi)
-        control = self.z1(self.hint(c))                                 # (B, C0, H/p, W/p)
+        control = self.z1(self.hint(labels))                            # Z(c), (B, C0, H/p, W/p)
         control_skips, control_h, _ = self.copy(x, t, group, control)   # F(x + Z(c); Phi_c)
         for i in range(len(skips)):
             skips[i] = skips[i] + self.z2[i](control_skips[i])
@@ -137,8 +137,8 @@ def build(config):
     return net, DDPM()
 
 def mask_weight(mask):
-    """Weights (B, 1, H, W) of the loss: the disc counts fivefold, small cups as much as large."""
-    disc = F.max_pool2d((mask[:, None] > 0).float(), 9, 1, 4)
+    """Loss weights (B, 1, H, W), mean 1: the disc counts fivefold, small cups as much as large."""
+    disc = F.max_pool2d((mask[:, None] > 0).float(), 9, 1, 4)           # 4 pixels wider
     cup = (mask[:, None] == 2).float()
     share = 0.05 / cup.mean((1, 2, 3), keepdim=True).clamp(min=0.005)
     weight = 1 + 4 * disc + 5 * share * F.max_pool2d(cup, 5, 1, 2)
@@ -148,8 +148,8 @@ def train_base(dataset, out="base.pt", attribute="race", width=32, patch: int = 
                batch=8, lr=2e-3, seed=0, device="auto"):
     """Train the UNet on the images of a dataset.
 
-    width: channels at first, divisible by 8; patch: p x p pixels become channels, by default so
-    that 32 remain on a side.
+    width: channels of level 0, divisible by 8; patch: p x p pixels become channels, by default the
+    largest p that leaves at least 32 on a side, or 2.
     """
     config = locals() | {"kind": "base", "widths": [width, 2 * width, 3 * width]}
     data = load_set(dataset)
@@ -166,14 +166,14 @@ def train_control(dataset, base, out="control.pt", group: str = None, lock=False
                   batch=8, lr=2e-3, seed=0, device="auto"):
     """Train a ControlNet around a base, on the images of all groups, or of one, as in the paper.
 
-    lock: freeze the decoder, too.
+    lock: freeze the decoder, too, as the paper does.
     """
     settings = locals() | {"kind": "control"}
     data = load_set(dataset)
     net, _, config = load_generator(base, "cpu", ["base"])
     config |= settings | {"base": fingerprint(*net.state_dict().values())}
-    if group:
-        data = subset(data, data[config["attribute"]] == group)
+    code, _ = group_codes(data, config["attribute"], [group] if group else config["groups"])
+    data = subset(data, code >= 0) if group else data
     torch.manual_seed(seed)
     fit(ControlNet(net, lock), config, data, out, device)
 
@@ -187,8 +187,8 @@ def fit(net, config, data, out, device):
     config["data"] = fingerprint(data["image"], data["mask"], code)
     steps, ddpm = config["steps"], DDPM()
     net = net.to(device)
-    optimizer = torch.optim.Adam(net.parameters(), config["lr"], fused=True)
-    run = Run(out, config, net, optimizer, 0.995)
+    optimizer = torch.optim.Adam(net.parameters(), config["lr"], fused=device.type != "mps")
+    run = Run(out, config, net, optimizer, decay=0.995)
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     image = torch.as_tensor(data["image"], device=device)[:, None]      # (N, 1, H, W)
     mask = torch.as_tensor(data["mask"], device=device)                 # (N, H, W)
@@ -196,11 +196,11 @@ def fit(net, config, data, out, device):
     odds = draw_weights(code, "oversample").to(device)
     for step in run.steps():
         cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)
-        optimizer.param_groups[0]["lr"] = config["lr"] * min((step + 1) / 50, cosine)   # warm-up
+        optimizer.param_groups[0]["lr"] = config["lr"] * min((step + 1) / 50, cosine)
         index = torch.multinomial(odds, config["batch"] // world, replacement=True)
         x0 = (image[index] - config["mean"]) / config["std"]            # (B, 1, H, W)
         m = mask[index].long()                                          # (B, H, W)
-        if torch.rand(()) < 0.5:                                        # left and right eyes
+        if torch.rand(()) < 0.5:                                        # mirror: left, right eyes
             x0 = x0.flip(-1)
             m = m.flip(-1)
         weight = mask_weight(m) if config["kind"] == "control" else 1.0
@@ -216,7 +216,7 @@ def fit(net, config, data, out, device):
     data = subset(data, show)
     data["image"] = sample_images(run.ema, ddpm, config, code[show], data["mask"], device)
     if config["kind"] == "base":
-        data["mask"] *= 0                               # which the base has not seen
+        data["mask"] *= 0                               # no outlines: the base sees no masks
     save_group_grid(f"{out}.png", data, config["attribute"])
 
 # ---- Sampling -----------------------------------------------------------------------------------
@@ -244,10 +244,10 @@ def sample_images(net, ddpm, config, code, mask, device, steps=10, seed=0, batch
 
 def sample(checkpoint, masks, out="synthetic.npz", n: int = None, equal=False, steps=10, seed=0,
            device="auto"):
-    """Generate an image for every mask of a dataset, or n a group, with its masks in turn.
+    """Generate an image for every mask of known group, or n a group, with its masks in turn.
 
-    checkpoint: of a ControlNet, or of a base, which ignores the masks; equal: as many a group as
-    Equal Scale needs.
+    checkpoint: of a ControlNet, or of a base, which ignores masks; equal: as many a group as Equal
+    Scale needs, if masks are the real set; steps: of denoising.
     """
     device, _ = setup(device)
     data = load_set(masks)
@@ -280,26 +280,26 @@ def judge_images(judge, images, device):
 
 def evaluate(judge, train, test, sets: list, out="table1.csv", attribute="race", n=100,
              device="auto"):
-    """Print the Dice of a judge on images against their masks, and Table 1, also as a CSV file.
+    """Print a judge's Dice on images against their masks, and Table 1 on its features, also as CSV.
 
-    judge: a TransUNet trained on real images for this alone; sets: NAME=FILE, or NAME-n.npz, where
-    files of one name are joined; n: images a group at most.
+    judge: a TransUNet trained for this alone, on real images; sets: NAME=FILE, or NAME-PART.npz,
+    where files of one NAME are joined; n: images a group at most.
     """
     device, _ = setup(device)
     judge = load_segmenter(judge, device)
     train = load_set(train)
     _, names = group_codes(train, attribute)
+    classes = structures(train["mask"]).values()
     results = {}                                        # by set: codes, Dice, features of each file
     for item in [f"real={test}", *sets]:
         label, _, path = item.rpartition("=")
-        label = label or path.removesuffix(".npz").rpartition("-")[0]
+        label = label or path.removesuffix(".npz").rpartition("-")[0] or path
         data = load_set(path)
         code, _ = group_codes(data, attribute, names)
         pred, features = judge_images(judge, data["image"], device)
-        labels = structures(train["mask"]).values()
-        scores = np.mean([dice(pred, data["mask"], k) for k in labels], 0)      # (N,)
+        scores = np.mean([dice(pred, data["mask"], k) for k in classes], 0)     # (N,)
         results.setdefault(label, []).append((code, scores, features))
-    save_group_grid(f"{out}.png", data | {"mask": pred}, attribute)   # the last set
+    save_group_grid(f"{out}.png", data | {"mask": pred}, attribute)        # of the last file
     lines, parts = [], {}
     for label, files in results.items():
         code, scores, features = map(np.concatenate, zip(*files, strict=True))
@@ -307,7 +307,7 @@ def evaluate(judge, train, test, sets: list, out="table1.csv", attribute="race",
         means = [np.mean(scores[code == g]) if g in code else np.nan for g in range(len(names))]
         lines.append([label, *map("{:.4f}".format, means)])
     print_table("the judge's Dice on images against their masks", ["images", *names], lines)
-    halves = [np.array_split(own, 2) for own in parts["real"]]
+    halves = [np.array_split(own, 2) for own in parts["real"]]          # shown, reference
     parts |= {"real": [half[0] for half in halves], "reference": [half[1] for half in halves]}
     sizes = [min(map(len, own)) for own in zip(*parts.values(), strict=True)]
     groups = [g for g in range(len(names)) if sizes[g] >= 4]

@@ -4,8 +4,8 @@
     python pointdiff.py sample points.pt --n 300 --out masks.npz
     python pointdiff.py evaluate masks.npz data/train.npz data/test.npz --attribute race
 
-A mask becomes 512 points: x, y lie on the outline of disc or cup, z names it (Eq. 3-4). A network
-of sets learns to denoise them. B batch, N points, C channels, D latent numbers, H W mask.
+A mask becomes 512 points: x, y lie on the outline of disc or cup, z says which (Eq. 3-4). A network
+that takes points in any order denoises them. B batch, N points, M any number, C channels, D latent.
 """
 import csv
 import math
@@ -28,14 +28,14 @@ ANGLES = np.linspace(-np.pi, np.pi, 720, endpoint=False)
 SMOOTH = 16                             # harmonics of a sampled outline; higher ones are noise
 
 def largest_component(region):
-    """The largest component of a bool image, without holes, and without hairs if it is large."""
+    """The largest part of a bool image, its holes filled; above 2,000 pixels without thin spurs."""
     region = ndimage.binary_opening(region) if region.sum() > 2000 else region
     labels, _ = ndimage.label(region)
     sizes = np.bincount(labels.ravel(), minlength=2)[1:]
     return ndimage.binary_fill_holes(labels == 1 + sizes.argmax())
 
 def polar(xy):
-    """An outline through points (M, 2): its centre, angles and radii (M + 1,), last = first."""
+    """A closed outline through points (M, 2): centre of its box, angles and radii (M + 1,)."""
     centre = (xy.min(0) + xy.max(0)) / 2
     dx, dy = (xy - centre).T
     angle = np.arctan2(dy, dx)
@@ -92,18 +92,18 @@ def split_outlines(points):
     return parts if on_cup.mean() > 0.02 else parts[:1]
 
 def points_to_mask(points, size, harmonics=256):
-    """Mask uint8 (H, W) of points (N, 3); size: a side or (H, W). ValueError: none on the disc."""
+    """Mask uint8 (H, W) of points (N, 3); size: a side or (H, W); harmonics: SMOOTH drops noise."""
     h, w = (size, size) if isinstance(size, int) else size
     x = (2 * np.arange(w) + 1) / w - 1                                  # of pixels, in [-1, 1]
     y = (2 * np.arange(h) + 1) / h - 1
     mask = np.zeros((h, w), np.uint8)
-    for label, xy in enumerate(split_outlines(points)):
-        outline = fit_outline(xy, harmonics)
-        columns = np.abs(x - outline[0][0]) <= outline[1].max()         # its box, to save time
-        rows = np.abs(y - outline[0][1]) <= outline[1].max()
+    for below, xy in enumerate(split_outlines(points)):                 # disc on 0, cup on 1
+        centre, radius = outline = fit_outline(xy, harmonics)
+        columns = np.abs(x - centre[0]) <= radius.max()                 # its box, to save time
+        rows = np.abs(y - centre[1]) <= radius.max()
         pixels = np.stack(np.meshgrid(x[columns], y[rows]), 2)
         box = np.ix_(rows, columns)
-        mask[box] += (depth_inside(outline, pixels) >= 0) & (mask[box] == label)
+        mask[box] += (depth_inside(outline, pixels) >= 0) & (mask[box] == below)
     return mask
 
 def is_valid(points):
@@ -113,14 +113,14 @@ def is_valid(points):
         return False
     outlines = [fit_outline(xy, SMOOTH) for xy in parts]
     depth = np.concatenate(list(map(depth_inside, outlines, parts)))
-    smooth = (np.abs(depth) <= 0.03).mean() >= 0.95
-    gaps = [np.diff(polar(xy)[1]).max() for xy in parts]                # up to 30 degrees
+    smooth = (np.abs(depth) <= 0.03).mean() >= 0.95                     # 1.5 % of the side
+    gaps = [np.diff(polar(xy)[1]).max() for xy in parts]                # radians, of neighbours
     centre, radius = outlines[-1]
     ring = centre + radius[:, None] * np.stack([np.cos(ANGLES), np.sin(ANGLES)], 1)
     nested = len(parts) == 1 or depth_inside(outlines[0], ring).min() >= 0
-    return smooth and nested and max(gaps) <= np.pi / 6
+    return smooth and nested and max(gaps) <= np.pi / 6                 # 30 degrees
 
-# ---- PointNet (Qi et al. 2017) as denoiser ------------------------------------------------------
+# ---- A PointNet (Qi et al. 2017) denoises, given the shape as a latent z (Luo & Hu 2021) ---------
 def timestep_embedding(t, dim):
     """Sinusoids (B, dim) of the diffusion step t (B,)."""
     frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
@@ -146,7 +146,7 @@ class PointBlock(nn.Module):
         return h + self.fc2(F.silu(y))                                  # (B, N, C)
 
 class PointNet(nn.Module):
-    """Denoiser of clouds x (B, N, 3) at steps t (B,): groups (B,), -1 unknown, codes z (B, D)."""
+    """Denoiser of clouds x (B, N, 3) at steps t (B,); group (B,), -1 unknown; latent z (B, D)."""
     def __init__(self, n_groups, width=96, latent=16):
         super().__init__()
         self.width = width
@@ -173,7 +173,7 @@ class PointNet(nn.Module):
         return self.output_proj(F.silu(h))                              # (B, N, 3)
 
     def encode(self, x):
-        """q(z | x) of clean clouds x (B, N, 3): mean and variance (B, D)."""
+        """Variational encoder q(z | x) of clean clouds x (B, N, 3): mean and variance (B, D)."""
         h = F.silu(self.encoder(x))                                     # (B, N, C)
         h = self.to_latent(torch.cat([h.amax(1), h.mean(1)], 1))        # (B, 2D)
         mean, log_variance = h.float().chunk(2, 1)
@@ -181,27 +181,27 @@ class PointNet(nn.Module):
 
     @torch.no_grad()
     def fit_prior(self, x, group):
-        """Fit Gaussians p(z | group) of one covariance to clouds x (M, N, 3)."""
-        codes = [self.encode(part) for part in x.split(256)]
-        mean = torch.cat([m for m, _ in codes])                         # (M, D)
-        noise = torch.cat([v for _, v in codes]).mean(0).diag()         # (D, D)
+        """Fit p(z | group) of clouds x (M, N, 3), for sampling: Gaussians of one covariance."""
+        latents = [self.encode(part) for part in x.split(256)]
+        mean = torch.cat([m for m, _ in latents])                       # (M, D)
+        spread = torch.cat([v for _, v in latents]).mean(0).diag()      # (D, D): variance of q
         self.prior_mean[:] = mean.mean(0)                               # for a group without clouds
         for g in group.unique():
             self.prior_mean[g] = mean[group == g].mean(0)
         centred = mean - self.prior_mean[group]
-        covariance = centred.T @ centred / len(centred) + noise
+        covariance = centred.T @ centred / len(centred) + spread
         self.prior_root[:] = torch.linalg.cholesky(covariance)
 
     def sample_prior(self, group, generator, spread=0.92):
-        """Codes z (B, D) of groups (B,); a spread below 1 avoids cups that cross the disc."""
+        """Latents z (B, D) of groups (B,); a spread below 1 avoids cups that cross the disc."""
         mean = self.prior_mean[group]
         z = torch.randn(mean.shape, generator=generator, device=mean.device)
         return mean + spread * z @ self.prior_root.T
 
 # ---- Diffusion ----------------------------------------------------------------------------------
 class DDPM:
-    """Denoising diffusion (Ho et al. 2020) of tensors (B, ...), with the paper's "eps" and "linear"
-    or with "v" (Salimans & Ho 2022) and "cosine" (Nichol & Dhariwal 2021)."""
+    """Denoising diffusion (Ho et al. 2020) of tensors (B, ...): as published with "eps", "linear";
+    by default with "v" (Salimans & Ho 2022) and "cosine" (Nichol & Dhariwal 2021)."""
     def __init__(self, T=1000, predict="v", schedule="cosine"):
         self.T, self.predict = T, predict
         beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
@@ -212,7 +212,7 @@ class DDPM:
         self.alpha_bar = torch.cumprod(1 - beta, 0).float()             # (T,)
 
     def scales(self, t, x):
-        """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at steps t (B,), shaped like x (B, ...)."""
+        """sqrt(alpha_bar), here alpha, and sqrt(1 - alpha_bar), sigma, at t (B,), to suit x."""
         alpha_bar = self.alpha_bar.to(x.device)[t].view(-1, *[1] * (x.ndim - 1))
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
@@ -232,7 +232,7 @@ class DDPM:
 
     @torch.no_grad()
     def sample(self, net, shape, *condition, steps=50, generator, clip=(-math.inf, math.inf)):
-        """Samples from noise (Algorithm 2), on some of the T steps (DDIM, eta = 1), x_0 clipped."""
+        """Samples by DDIM with eta = 1 (Song et al. 2021, Eq. 12 and 16); clip: bounds of x_0."""
         x = torch.randn(shape, generator=generator, device=generator.device)
         times = torch.linspace(self.T - 1, 0, min(steps, self.T)).round().long().tolist()
         for step, next_step in zip(times, times[1:] + [None], strict=True):
@@ -245,7 +245,7 @@ class DDPM:
             x0 = x0.clamp(*clip)
             if next_step is None:
                 return x0                                               # without new noise
-            eps = (x - alpha * x0) / sigma
+            eps = (x - alpha * x0) / sigma                              # the noise that x0 implies
             alpha_next, sigma_next = self.scales(torch.full_like(t, next_step), x)
             std = sigma_next / sigma * (1 - (alpha / alpha_next) ** 2).clamp(min=0).sqrt()
             x = alpha_next * x0 + (sigma_next ** 2 - std ** 2).clamp(min=0).sqrt() * eps
@@ -261,9 +261,9 @@ def train(dataset, out="points.pt", attribute="race", group: str = None, width=9
           points=256, predict: Literal["v", "eps"] = "v",
           schedule: Literal["cosine", "linear"] = "cosine", steps=2800, batch=16, lr=2e-3, seed=0,
           device="auto"):
-    """Train on the clouds of all groups, or of one group alone, as the paper does.
+    """Train on the clouds of all groups or, as the paper does, of one group alone.
 
-    width: channels; latent: numbers in a code; points: of the 512, drawn anew at every step.
+    width: channels, even; latent: numbers in z; points: how many of the 512 each step takes.
     """
     config = locals() | {"kind": "points"}
     device, world = setup(device)
@@ -283,8 +283,8 @@ def train(dataset, out="points.pt", attribute="race", group: str = None, width=9
     code = torch.as_tensor(code[rows], device=device)                   # (M,)
     torch.manual_seed(seed)
     net, ddpm = build(config, device)
-    optimizer = torch.optim.Adam(net.parameters(), lr, fused=True)
-    run = Run(out, config, net, optimizer, 0.998)
+    optimizer = torch.optim.Adam(net.parameters(), lr, fused=device.type != "mps")
+    run = Run(out, config, net, optimizer, decay=0.998)
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     for step in run.steps():
         rate = min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / steps))
@@ -298,18 +298,18 @@ def train(dataset, out="points.pt", attribute="race", group: str = None, width=9
             kl = 0.5 * (mu ** 2 + var - var.log() - 1).sum(1).mean()    # KL(q(z|x) || N(0, I))
             loss = ddpm.loss(model, x0, code[index], z)
         optimizer.zero_grad()
-        (loss + 1e-5 * kl).backward()
+        (loss + 1e-5 * kl).backward()                                   # little: z tells the shape
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         run.update(loss)
-    run.ema.fit_prior(x, code)
+    run.ema.fit_prior(x, code)                                          # in place of N(0, I)
     run.save()
     print(f"points: loss {np.mean(run.losses[-5:], 0)[1]:.4f} after {steps} steps")
 
 # ---- Sampling -----------------------------------------------------------------------------------
 def sample(checkpoint, out="masks.npz", group: str = None, n: int = None, size: int = None,
            steps=32, keep_invalid=False, seed=0, device="auto"):
-    """Sample masks, images 0, of one group or of all: n a group, by default enough for Equal Scale.
+    """Sample n masks, with black images, of one group or of all; default: enough for Equal Scale.
 
     size: pixels a side, by default as trained; keep_invalid: for models that are hardly trained.
     """
@@ -318,10 +318,10 @@ def sample(checkpoint, out="masks.npz", group: str = None, n: int = None, size: 
     config = state["config"]
     net, ddpm = build(config, device)
     net.load_state_dict(state["ema"])
-    group = group or config["group"]
-    if group not in (None, *config["groups"]):
-        raise InputError(f"no group {group!r}; expected {', '.join(config['groups'])}")
-    names = [group] if group else config["groups"]
+    names = [config["group"]] if config["group"] else config["groups"]
+    if group and group not in names:
+        raise InputError(f"no group {group!r}; expected {', '.join(names)}")
+    names = [group] if group else names
     n = n or config["n_equal"]
     masks = []
     for name in names:
@@ -337,9 +337,9 @@ def sample(checkpoint, out="masks.npz", group: str = None, n: int = None, size: 
             clouds += [cloud for cloud in x if keep_invalid or is_valid(cloud)]
             drawn += len(code)
             if len(clouds) < 0.2 * drawn:
-                raise InputError(f"{len(clouds)} of {drawn} clouds valid: train on, --keep-invalid")
+                raise InputError(f"{len(clouds)} of {drawn} clouds valid; train for more steps")
         masks += [points_to_mask(cloud, size or config["size"], SMOOTH) for cloud in clouds[:n]]
-        print(f"{name}: {n} masks, {len(clouds) / drawn:.1%} of {drawn} clouds kept")
+        print(f"{name}: {n} masks, {len(clouds) / drawn:.1%} of {drawn} clouds valid")
     mask = np.stack(masks)
     groups = np.repeat(names, n)
     unique = [f"synthetic-{seed}-{name}-{i:05d}" for i, name in enumerate(groups)]
@@ -358,7 +358,7 @@ def outline_features(masks):
     return features
 
 def evaluate(masks, train, test, out="masks.csv", attribute="race"):
-    """Compare sampled masks with test masks by group; below each row, the same for real masks."""
+    """Compare generated with half of the test masks, by group; below, the other half for scale."""
     names, features = None, []
     for path in (masks, train, test):
         data = load_set(path)
@@ -366,14 +366,14 @@ def evaluate(masks, train, test, out="masks.csv", attribute="race"):
         code[~data["mask"].any((1, 2))] = -1
         features.append([outline_features(data["mask"][code == g]) for g in range(len(names))])
     lines, distance = [], {}
-    for name, generated, train, test in zip(names, *features, strict=True):
-        if min(len(generated), len(train), len(test)) < 4:
+    for name, generated, known, real in zip(names, *features, strict=True):
+        if min(len(generated), len(known), len(real)) < 4:
             print(f"{name}: fewer than 4 generated, training or test masks, left out")
             continue
-        half = len(test) // 2
-        for label, part in (("generated", generated[:half]), ("real", test[half:])):
-            ratio = part[:, 20:].mean(1) / part[:, 2:18].mean(1)
-            distance = set_distance(part, test[:half], train)
+        half = len(real) // 2
+        for label, part in (("generated", generated[:half]), ("real", real[half:])):
+            ratio = part[:, 20:].mean(1) / part[:, 2:18].mean(1)        # mean radius, cup / disc
+            distance = set_distance(part, real[:half], known)
             lines.append([name, label, f"{ratio.mean():.3f}", f"{ratio.std():.3f}",
                           *map("{:.4g}".format, distance.values())])
     heads = ["group", "masks", "cup/disc", "its SD", *distance]

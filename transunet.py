@@ -322,7 +322,7 @@ def train(dataset, out="seg.pt", method: Literal[METHODS] = "plain", strength=1.
     net = build(config).to(device)
     if weights:
         net.load_npz(weights)
-    updater = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.01, fused=True)
+    updater = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.01, fused=device.type != "mps")
     if optimizer == "sgd":
         updater = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=1e-4)
     run = Run(out, config, net, updater, 0.995)
