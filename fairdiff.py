@@ -1,4 +1,4 @@
-"""The two ends of FairDiff: data in, Equal Scale and the report out (Sections 2.1, 2.4, 3.1).
+"""Data, Equal Scale (Sections 2.1, 2.4, 3.1), and what all files share: trainings and report.
 
     python fairdiff.py phantom --out data --train 1000 --test 2000 --size 64    drawn patients
     python fairdiff.py fairseg FOLDER --out data --size 224                     Harvard-FairSeg
@@ -33,17 +33,15 @@ class InputError(Exception):
 def equal_scale(real, synthetic, attribute, target=None, seed=0, n_real=None):
     """Top up every group to the same size with synthetic images, and cut larger ones, Eq. 6.
 
-    target: images a group, None: round(N_real / G), "max": the largest group; n_real: first draw
-    so many real images. No image occurs twice. InputError: too few synthetic images.
+    target: images per group, None: round(N_real / G), "max": the largest group; n_real: first draw
+    so many real images. No image occurs twice; unknown groups are left out. InputError: too few.
     """
     rng = np.random.default_rng(seed)
     code, names = group_codes(real, attribute)
     synthetic_code, _ = group_codes(synthetic, attribute, names)
     pool = rng.permutation(np.flatnonzero(code >= 0))[:n_real]
     sizes = np.bincount(code[pool], minlength=len(names))
-    if target is None:
-        target = round(len(pool) / len(names))
-    target = sizes.max() if target == "max" else target
+    target = {None: round(len(pool) / len(names)), "max": sizes.max()}.get(target, target)
     mixed = []
     for g, name in enumerate(names):
         need = max(0, target - sizes[g])
@@ -55,7 +53,7 @@ def equal_scale(real, synthetic, attribute, target=None, seed=0, n_real=None):
     mixed = concatenate(*mixed)                                         # Eq. 6
     return subset(mixed, rng.permutation(len(mixed["name"])))
 
-# ---- A dataset: image, mask uint8 (N, H, W), name, synthetic (N,), group columns, text (N,) --
+# ---- A dataset: image, mask (1 rim, 2 cup) uint8 (N, H, W); name, synthetic, group columns (N,) -
 def group_columns(data):
     """Names of the group columns: all text arrays but the names of images and of patients."""
     return [key for key in data if key not in ("image", "mask", "name", "synthetic", "patient")]
@@ -77,7 +75,7 @@ def check_set(data, where):
     for key in ("image", "mask"):
         array = np.asarray(data.get(key))
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape != data["image"].shape:
-            raise InputError(f"{where}: {key} {array.dtype} {array.shape}, not uint8 (N, H, W)")
+            raise InputError(f"{where}: {key} {array.dtype} {array.shape}; both: uint8 (N, H, W)")
     n = len(data["image"])
     if data["mask"].size == 0 or data["mask"].max() > 2:
         raise InputError(f"{where}: {n} masks of {np.unique(data['mask'])[:9]}; expected 0, 1, 2")
@@ -87,7 +85,7 @@ def check_set(data, where):
         column = np.asarray(data[key])
         if column.shape != (n,) or column.dtype.kind not in "Uiub":
             raise InputError(f"{where}: {key} {column.dtype} {column.shape}; expected text ({n},)")
-        unknown = column.dtype.kind == "i" and column < 0               # codes are read as text
+        unknown = column.dtype.kind == "i" and column < 0               # negative codes
         data[key] = np.where(unknown, "", column.astype(str))
     if len(np.unique(data["name"])) < n:
         raise InputError(f"{where}: a name occurs twice; expected one for each image")
@@ -166,15 +164,13 @@ PHANTOM = {                         # of Asian, Black, White; the other columns 
 
 def phantom_traits(race, shift):
     """The parameters of one race; with shift 0 those of the mean patient."""
-    shares = MARGINALS["race"]
-    traits = {}
-    for key, values in PHANTOM.items():
-        mean = np.dot(list(shares.values()), values)
-        traits[key] = mean + shift * (values[list(shares).index(race)] - mean)
-    return traits
+    i = list(MARGINALS["race"]).index(race)
+    shares = list(MARGINALS["race"].values())
+    means = {key: np.dot(shares, values) for key, values in PHANTOM.items()}
+    return {key: mean + shift * (PHANTOM[key][i] - mean) for key, mean in means.items()}
 
 def inside_ellipse(rng, size, centre, radius, aspect, wave):
-    """The pixels of a wavy ellipse, bool (size, size)."""
+    """A wavy ellipse, bool (size, size): centre (x, y), radius in image widths, height / width."""
     c = (np.arange(size) + 0.5) / size
     x = (c[None] - centre[0]) * np.sqrt(aspect)
     y = (c[:, None] - centre[1]) / np.sqrt(aspect)
@@ -297,7 +293,7 @@ def crop_and_resize(image, mask, crop, size):
         top = np.clip((y.min() + y.max() - side) / 2, 0, h - side)
         left = np.clip((x.min() + x.max() - side) / 2, 0, w - side)
     box = (left, top, left + side, top + side)
-    image = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box, 3)
+    image = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box)
     mask = Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST, box)
     return np.asarray(image), np.asarray(mask)
 
@@ -320,22 +316,20 @@ def import_all(names, read, labels, size, crop, skip_bad):
             continue
         mask = np.select([mask == value for value in labels], range(len(labels)))
         image, mask = crop_and_resize(image, mask.astype(np.uint8), crop, size)
-        rows.append({"image": image, "mask": mask, "name": pathlib.Path(name).stem} | groups)
+        rows.append(groups | {"image": image, "mask": mask, "name": pathlib.Path(name).stem})
     if not rows:
         raise InputError(f"none of {len(names)} files can be used")
     return {key: np.array([row[key] for row in rows]) for key in rows[0]}
 
 def save_parts(out, attribute, **parts):
     """Write the sets train and test into the folder `out`, a picture, and print what they hold."""
-    train = parts["train"]
-    attribute = attribute or next(iter(group_columns(train)), "")
-    group_codes(train, attribute)                       # InputError before anything is written
+    attribute = attribute or next(iter(group_columns(parts["train"])), "")
+    group_codes(parts["train"], attribute)              # InputError before anything is written
     for part, data in parts.items():
         save_set(f"{out}/{part}.npz", data)
-    save_group_grid(f"{out}/train.npz.png", train, attribute)
+    save_group_grid(f"{out}/train.npz.png", parts["train"], attribute)
     for part, data in parts.items():
-        print(f"{out}/{part}.npz: {len(data['name'])} images")
-    describe(concatenate(*parts.values()))
+        describe(f"{out}/{part}.npz", data)
 
 def split_set(data, out, attribute, test_share):
     """Split a set as its column split says, or by patients, and write both parts."""
@@ -350,17 +344,16 @@ def split_set(data, out, attribute, test_share):
     save_parts(out, attribute, train=subset(data, train), test=subset(data, test))
     print(f"{len(data['name']) - len(train) - len(test)} images are in neither part")
 
-def describe(data):
+def describe(where, data):
     """Print what is in a set, and warn of what looks wrong."""
     mask = data["mask"]
     border = np.concatenate([mask[:, 0], mask[:, -1], mask[:, :, 0], mask[:, :, -1]], 1)
     hole = np.array([(ndimage.binary_fill_holes(m == 2) & (m == 0)).any() for m in mask])
-    print(f"{len(mask)} images, labels {np.unique(mask)}, "
+    print(f"{where}: {len(mask)} images, labels {np.unique(mask)}, "
           f"{len(mask) - (mask == 2).any((1, 2)).sum()} masks without cup")
     for key in group_columns(data):
-        names, counts = np.unique(data[key], return_counts=True)
-        names = np.where(names == "", "unknown", names)
-        print(f"  {key}: " + ", ".join(map("{} {}".format, names, counts)))
+        counts = zip(*np.unique(data[key], return_counts=True), strict=True)
+        print(f"  {key}:", ", ".join(f"{name or 'unknown'} {n}" for name, n in counts))
     warnings = {"have no disc, perhaps by the crop": ~mask.any((1, 2)),
                 "have a disc that the border cuts": border.any(1),
                 "have a cup at the border or around background: check --labels":
@@ -371,8 +364,8 @@ def describe(data):
             print(f"warning: {found.sum()} images {text}: {', '.join(data['name'][found][:5])}")
 
 def number_or_word(text):
-    """The type of a setting: a whole number, or a word."""
-    return int(text) if text.isdecimal() else text
+    """The type of a setting: a whole number, or one of the words disc and max."""
+    return text if text in ("disc", "max") else int(text)
 
 def fairseg(folder, out="data", size=64, crop: number_or_word = 512, split: list = None,
             attribute: str = None, test_share=0.2, skip_bad=False):
@@ -383,7 +376,7 @@ def fairseg(folder, out="data", size=64, crop: number_or_word = 512, split: list
     """
     folder = pathlib.Path(folder)
     paths = sorted(folder.rglob("[!.]*.npz"))                           # macOS hides copies
-    lists = split or sorted(folder.glob("t*.txt"), reverse=True)        # train.txt, test.txt
+    lists = split or [*folder.glob("train.txt"), *folder.glob("test.txt")]
     listed = []
     for path in lists:                                  # numbers of patients, of 5 digits or of 6
         text = pathlib.Path(path).read_text(encoding="utf-8-sig")
@@ -410,7 +403,7 @@ def fairseg(folder, out="data", size=64, crop: number_or_word = 512, split: list
             groups[key] = dict(enumerate(names)).get(code, f"code {code}" if code > 0 else "")
         age = float(np.ravel(found.get("age", -1))[0])
         age = age / 365.25 if age > 150 else age        # one release counts days
-        groups["age"] = "" if age <= 0 else "<60" if age < 60 else ">=60"
+        groups["age"] = "" if not age > 0 else "<60" if age < 60 else ">=60"
         return image[0], mask[0], groups                # -1 or 1 rim, -2 or 2 cup
 
     data = import_all(paths, read, [0, 1, 2], size, crop, skip_bad)
@@ -442,7 +435,7 @@ def images(images, masks, groups, out="data", size=64, crop: number_or_word = 51
         mask = mask.convert("L") if mask.mode.startswith("RGB") else mask
         return image, np.asarray(mask), dict(list(table[name].items())[1:])
 
-    print(f"{len(pictures) - len(table)} more pictures than rows in {groups}")
+    print(f"{len(pictures)} pictures, {len(table)} rows in {groups}")
     labels = [int(value) for value in re.findall(r"\d+", labels)]
     data = import_all(list(table), read, labels, size, crop, skip_bad)
     split_set(data, out, attribute, test_share)
@@ -479,12 +472,10 @@ def export(dataset, folder, png=False):
 SAVE_EVERY = 200                                        # steps between checkpoints
 
 def setup(name):
-    """The device, "auto" or any that torch knows, and the number of processes (of torchrun)."""
+    """The device ("auto": CUDA if any) and torchrun's number of processes; only rank 0 prints."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    name = {"auto": local if torch.cuda.is_available() else "cpu", "cuda": local}.get(name, name)
     try:
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -494,7 +485,7 @@ def setup(name):
     if world > 1:
         torch.distributed.init_process_group()
         if torch.distributed.get_rank() > 0:
-            sys.stdout = open(os.devnull, "w")          # only rank 0 prints
+            sys.stdout = open(os.devnull, "w")
     return device, world
 
 def autocast(device):
@@ -511,8 +502,8 @@ def fingerprint(*arrays):
 class Run:
     """One training: network, the EMA of its weights, optimizer, step and losses, in one file.
 
-    Continues an interrupted training of the same config. All that is random in a step comes from
-    (seed, step), so that on a CPU it ends bit for bit like an unbroken one. InputError: new config.
+    Continues an interrupted training; InputError: the file holds another config. All that is random
+    in a step comes from (seed, step), so on a CPU it ends bit for bit like an unbroken one.
     """
     def __init__(self, path, config, net, optimizer, decay):
         config = {key: config[key] for key in config.keys() - {"dataset", "out", "device"}}
@@ -622,13 +613,14 @@ def dice_chart(path):
     last = {(row["method"], row["group"]): row for row in rows
             if row["metric"] == "dice" and row["group"] not in numbers}
     groups = list(dict.fromkeys(group for _, group in last))
-    bars = ["<h2>Mean Dice by method and group, with 95 % intervals</h2>"]
+    start = int(10 * min(float(row["lo"]) for row in last.values())) / 10
+    bars = [f"<h2>Mean Dice by method and group, with 95 % intervals; bars from {start} to 1</h2>"]
     for (method, group), row in last.items():
         value, lo, hi = (float(row[key]) for key in ("value", "lo", "hi"))
         hue = 210 + 360 * groups.index(group) // len(groups)            # one colour a group
         bars.append(f"<div style='background:linear-gradient(hsl({hue} 50% 50%) 0 0) no-repeat 0/"
-                    f"{value:.2%} 100%'>{html.escape(method)}, {html.escape(group)}: {value:.4f} "
-                    f"[{lo:.4f}, {hi:.4f}]</div>")
+                    f"{(value - start) / (1 - start):.2%} 100%'>{html.escape(method)}, "
+                    f"{html.escape(group)}: {value:.4f} [{lo:.4f}, {hi:.4f}]</div>")
     return "\n".join(bars)
 
 PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>FairDiff</title>
@@ -642,17 +634,16 @@ def report(out):
     out = pathlib.Path(out)
     if not (out / "log/table.txt").is_file():
         raise InputError(f"{out}: no log/table.txt; expected the folder of a finished train.sh")
-    page = [PAGE]
+    result = (out / "log/table.txt").read_text(errors="replace").partition("mean Dice")
+    page = [PAGE, f"<pre>{html.escape(''.join(result[1:]))}</pre>", dice_chart(out / "results.csv")]
     stages = [*out.glob("log/*.txt"), *out.rglob("*.png")]
-    stages.sort(key=lambda path: path.stat().st_mtime)
-    for path in dict.fromkeys([out / "log/table.txt", *stages]):
+    for path in sorted(stages, key=lambda path: path.stat().st_mtime):
         name = html.escape(str(path.relative_to(out)))
         if path.suffix == ".png":
             page.append(f"<p><img alt='{name}' src='{name}'><br>{name}")
-            continue
-        page.append(f"<h2>{name}</h2><pre>{html.escape(path.read_text(errors='replace'))}</pre>")
-        if path.stem == "table":
-            page.append(dice_chart(out / "results.csv"))
+        else:
+            text = html.escape(path.read_text(errors="replace"))
+            page.append(f"<h2>{name}</h2><pre>{text}</pre>")
     with replacing(out / "report.html") as temporary:
         temporary.write_text("\n".join(page), encoding="utf-8")
 
@@ -706,10 +697,8 @@ def command_line(argv, *functions):
     except BrokenPipeError:                             # `... | head` has read enough
         sys.stdout = open(os.devnull, "w")
         return 1
-    except (InputError, OSError) as error:
-        code, line = 2, error
-    except (FloatingPointError, torch.cuda.OutOfMemoryError) as error:
-        code, line = 1, error
+    except (InputError, OSError, FloatingPointError, torch.cuda.OutOfMemoryError) as error:
+        code, line = 2 if isinstance(error, (InputError, OSError)) else 1, error
     except KeyboardInterrupt:
         code, line = 130, "interrupted; the same command continues a training"
     print(f"{parser.prog}: {line}", file=sys.stderr)
@@ -720,7 +709,7 @@ def phantom(out="data", train=1000, test=2000, size=64, seed=0, shift=1.0, balan
     """Draw phantom patients: OUT/train.npz and, unless --test is 0, OUT/test.npz.
 
     shift: how far the races differ; balance: a column whose groups are made equal in size; rare:
-    training images of the rarest race, by default 9.2 %; attribute: column of the picture.
+    at most so many Asian patients stay, others become White; attribute: column of the picture.
     """
     seed = 4 * seed + 2 * bool(balance)                 # sets of one seed share no patient
     parts = {"train": make_phantom(train, size, seed, shift, balance, rare)}
@@ -738,7 +727,7 @@ def mix(real, synthetic: list, out="mixed.npz", attribute="race", target: number
     real, synthetic = load_set(real), concatenate(*map(load_set, synthetic))
     mixed = equal_scale(real, synthetic, attribute, target, seed, n_real)
     save_set(out, mixed)
-    order = np.argsort(~mixed["synthetic"], kind="stable")
+    order = np.argsort(~mixed["synthetic"], kind="stable")              # synthetic ones first
     save_group_grid(f"{out}.png", subset(mixed, order), attribute)
     for name in group_codes(real, attribute)[1]:
         own = mixed["synthetic"][mixed[attribute] == name]

@@ -41,14 +41,14 @@ def group_sd(means):
     return means.std(-1, ddof=1) if means.shape[-1] > 1 else np.zeros(means.shape[:-1])
 
 def essp(overall, group_means):
-    """Equity-scaled score of overall (...) and group_means (..., G), Eq. 7. ValueError: percent."""
+    """Equity-scaled score of overall (...) and group_means (..., G), Eq. 7. ValueError: above 1."""
     if np.size(overall) and np.max(overall) > 1:
         raise ValueError(f"score {np.max(overall)}; expected scores in [0, 1], not in percent")
     return np.asarray(overall) / (1 + group_sd(group_means))            # Eq. 7
 
 def fairness(group_means):
     """Minus the sample variance of the group means (..., G), Eq. 1 for one attribute. 0 is fair."""
-    return 0.0 - group_sd(group_means) ** 2                             # Eq. 1
+    return 0.0 - group_sd(group_means) ** 2                             # Eq. 1, never -0.0
 
 # ---- Intervals and tests ------------------------------------------------------------------------
 Row = namedtuple("Row", "name n value lo hi")
@@ -65,7 +65,7 @@ def bootstrap(scores, group, n_boot, seed):
     return means @ sizes / sizes.sum(), means[:, codes >= 0]
 
 def summarise(overall, means):
-    """The numbers of a report (B, G + 6) from overall (B,) and group means (B, G)."""
+    """Numbers of a report (1 + B, G + 6) from overall (1 + B,) and group means (1 + B, G)."""
     rest = [essp(overall, means), group_sd(means), means.min(1), np.ptp(means, 1), fairness(means)]
     return np.column_stack([overall, means, *rest])
 
@@ -80,7 +80,7 @@ def report_rows(draws, group, names, p, ci):
     return [*rows, Row("p", len(group), p, np.nan, np.nan)]
 
 def welch_statistic(scores, group):
-    """Spread of the group means of scores (..., N), each in units of its own error (Welch 1951)."""
+    """Welch's (1951) statistic (...) of scores (..., N): how far apart the group means lie."""
     codes, sizes = np.unique(group, return_counts=True)
     means = np.stack([scores[..., group == code].mean(-1) for code in codes], -1)
     variances = np.stack([scores[..., group == code].var(-1) for code in codes], -1)
@@ -109,7 +109,7 @@ def chance_level(scores, group, n_boot=2000, seed=0):
     return group_sd(noise).mean(), np.ptp(noise, axis=1).mean()
 
 def compare(scores_a, scores_b, group, names=None, n_boot=2000, seed=0, ci=0.95):
-    """The rows of `fair_report` for the paired difference a - b of two methods on the same images.
+    """The rows of `fair_report` of a minus those of b, two methods on the same images.
 
     p: two-sided, by random sign flips of each image's difference, statistic |mean difference|.
     """
@@ -149,15 +149,15 @@ def one_nna(gg, rr, gr):
     return float(((same < other) + 0.5 * (same == other)).mean())
 
 def set_distance(generated, test, train):
-    """Compare features (N, D) of a generated set with those of a test set, the first of each.
+    """Compare features (N, D) of generated and test items, as many as the smaller set has.
 
-    memorised: share closer to a training item than 99 % of the training items are to each other.
+    memorised: share closer to a training item than 99 % of these are to their nearest neighbour.
     """
     n = min(len(generated), len(test))
     generated, test = generated[:n], test[:n]
     between = cdist(generated, test)
     mmd, cov = mmd_cov(between)
-    nearest = np.sort(cdist(train, train), axis=1)[:, 1]                # of other training items
+    nearest = np.partition(cdist(train, train), 1, axis=1)[:, 1]        # of other training items
     memorised = (cdist(generated, train).min(1) < np.quantile(nearest, 0.01)).mean()
     return {"n": n, "frechet": frechet_distance(generated, test), "mmd": mmd, "cov": cov,
             "1-nna": one_nna(cdist(generated, generated), cdist(test, test), between),
@@ -199,7 +199,7 @@ def table(dataset, predictions: list, out="results.csv", attribute="race"):
         for seed, values in trainings.items():
             report = fair_report(values, group, names)
             lines += [[attribute, key[0], seed, *key[1:], *row] for row in report]
-        scores[key] = values                            # the mean, if there are several
+        scores[key] = values                            # the last: the mean, if there are several
         reports[key] = {row.name: f"{row.value:.4f}" for row in report}
         reports[key]["interval"] = "{2:.4f} [{3:.4f}, {4:.4f}]".format(*report[0])
     with replacing(out) as path, open(path, "w", newline="", encoding="utf-8") as file:
@@ -219,7 +219,7 @@ def table(dataset, predictions: list, out="results.csv", attribute="race"):
     for method in methods:
         own, first = scores[method, "mean", "dice"], scores[methods[0], "mean", "dice"]
         report = reports[method, "mean", "dice"]
-        worst[method] = float(report["worst"])
+        worst[method] = min(own[group == g].mean() for g in set(group[group >= 0]))
         gap = f"{report['gap']} ({chance_level(own, group)[1]:.4f})"
         rows = {row.name: row for row in compare(own, first, group, names)}
         difference = "{2:+.4f} [{3:+.4f}, {4:+.4f}]".format(*rows["worst"])

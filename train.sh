@@ -9,7 +9,7 @@
 #   SCALE=paper GPUS=4 WEIGHTS=R50+ViT-B_16.npz DATA=path/to/fairseg bash train.sh
 # The same command again skips what is done and continues the rest.
 set -euo pipefail
-set -m                                                  # a process group a job, so that Ctrl-C stops all of it
+set -m                                                  # a process group a job, which the trap can end as a whole
 OUT=${OUT:-out} ATTRIBUTE=${ATTRIBUTE:-race} SEED=${SEED:-0} SEEDS=${SEEDS:-$SEED} GPUS=${GPUS:-1} METHODS=${METHODS:-}
 DATA=${DATA:-} CROP=${CROP:-512} SPLIT=${SPLIT:-} SKIP_BAD=${SKIP_BAD:-} WEIGHTS=${WEIGHTS:-}
 unset RANK WORLD_SIZE LOCAL_RANK OMP_NUM_THREADS        # nothing but these settings steers a run
@@ -25,15 +25,15 @@ if ! works $python && python=$here/.venv/bin/python && ! works "$python"; then
   "$here/.venv-$$/bin/python" -m pip install -q -r "$here/requirements.txt"
   python3 -c 'import os, sys; os.rename(*sys.argv[1:])' "$here/.venv-$$" "$here/.venv" || rm -rf "$here/.venv-$$"
 fi
-# A row a scale. With lanes, trainings run side by side, a core each, and models are of all groups; without, one training
-# after another, and models of one group each, as in the paper.
-cores=$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN) keep="" base_net=""
+# A row a scale. points, base, control, seg: training steps; masks, images: sampling steps; lanes: jobs side by side, a
+# core each, and one model for all groups; without: one job at a time, and a model of each group, as in the paper
+cores=$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN) keep="" network=""
 SCALE=${SCALE:-$("$python" -c 'import torch; print("gpu" if torch.cuda.is_available() else "cpu")')}
 case $SCALE in
   smoke) size=32 train=96 test=60 rare="" batch=8 points=60 base=10 control=10 seg=10 masks=8 images=4 lanes=$cores keep=1 ;;
   cpu) size=64 train=1000 test=2000 rare=30 batch=8 points=2800 base=200 control=2600 seg=1120 masks=32 images=10 lanes=$cores ;;
   gpu) size=128 train=8000 test=2000 rare="" batch=48 points=10000 base=3000 control=6000 seg=3000 masks=100 images=50 lanes="" ;;
-  paper) size=224 train=8000 test=2000 rare="" batch=48 points=2000000 base=50000 control=100000 seg=50000 masks=100 images=50 lanes="" base_net="--base --optimizer sgd" ;;
+  paper) size=224 train=8000 test=2000 rare="" batch=48 points="2000000 --batch 48 --lr 1e-4 --points 512" base=50000 control=100000 seg=50000 masks=100 images=50 lanes="" network="--base --optimizer sgd" ;;
   *) die "SCALE=$SCALE: expected smoke, cpu, gpu or paper" ;;
 esac
 [ -z "$lanes" ] || METHODS=${METHODS:-plain oversample equal oracle}
@@ -47,7 +47,7 @@ for row in $METHODS; do [[ " $rows " == *" $row "* ]] || die "METHODS=$METHODS: 
 [[ -z $DATA || $DATA == /* ]] || DATA=$PWD/$DATA
 [[ -z $WEIGHTS || $WEIGHTS == /* ]] || WEIGHTS=$PWD/$WEIGHTS
 SPLIT=$(for file in $SPLIT; do [[ $file == /* ]] || file=$PWD/$file; echo "$file"; done)
-[ -z "$DATA" ] || METHODS=${METHODS/oracle/} files=$(find -L "$DATA" -type f -exec wc -c {} + | cksum)
+[ -z "$DATA" ] || METHODS=${METHODS/oracle/} files=$(find -L "$DATA" -type f -exec wc -c {} + | sort | cksum)
 [ -n "${METHODS// }" ] || die "METHODS=oracle: expected another row, only the phantom has an oracle"
 mkdir -p "$OUT/log" && cd "$OUT"                        # all paths are relative to it, so that it may be moved
 # stage NAME FILE COMMAND ARGS...: run one command, keep what it prints, skip it the next time
@@ -64,23 +64,23 @@ stage() {
   printf '%s\n' "$@" "files ${files:-}" > "log/$name.done"
 }
 # beside COMMAND: run it beside the others as soon as a core is free; join PIDS: wait for them (bash 3.2 has no wait -n)
-beside() { while [ "$(jobs -rp | wc -l)" -ge ${lanes:-1} ]; do sleep 0.2; done; "$@" & pids="$pids $!"; }
+beside() { while [ "$(jobs -rp | wc -l)" -ge ${lanes:-1} ]; do sleep 0.2; done; [ -n "$lanes" ] || join $pids; "$@" & pids="$pids $!"; }
 join() { for pid in "$@"; do wait $pid || exit; done; }
 trap 'for p in $pids; do kill -- -$p 2> /dev/null || true; done' EXIT
 trap 'echo "train.sh: interrupted; the same command continues" >&2; exit 130' INT TERM HUP
 
 # 1. Data; the oracle is topped up with fresh real patients, which only the phantom has
-real=data/train.npz test_set=data/test.npz groups="--attribute $ATTRIBUTE" seed="--seed $SEED"
+real=data/train.npz test_set=data/test.npz groups=(--attribute "$ATTRIBUTE") seed="--seed $SEED"
 sampler="--steps $images $seed" fit="--batch $batch"
 if [ -z "$DATA" ]; then
-  beside stage data fairdiff.py phantom --size $size --train $train --test $test $seed ${RARE:+--rare $RARE} $groups --out data
-  beside stage fresh fairdiff.py phantom --size $size --train $train --test 0 $seed --balance $ATTRIBUTE $groups --out fresh
+  beside stage data fairdiff.py phantom --size $size --train $train --test $test $seed ${RARE:+--rare $RARE} "${groups[@]}" --out data
+  beside stage fresh fairdiff.py phantom --size $size --train $train --test 0 $seed --balance "$ATTRIBUTE" "${groups[@]}" --out fresh
   join $pids
-  stage oracle fairdiff.py mix $real fresh/train.npz $groups $seed --out oracle.npz
+  stage oracle fairdiff.py mix $real fresh/train.npz "${groups[@]}" $seed --out oracle.npz
 elif [[ -f $DATA || -f $DATA/train.npz ]]; then
-  stage data fairdiff.py split "$DATA" $groups --out data
+  stage data fairdiff.py split "$DATA" "${groups[@]}" --out data
 else
-  stage data fairdiff.py fairseg "$DATA" --size $size --crop "$CROP" ${SPLIT:+--split $SPLIT} ${SKIP_BAD:+--skip-bad} $groups --out data
+  stage data fairdiff.py fairseg "$DATA" --size $size --crop "$CROP" ${SPLIT:+--split $SPLIT} ${SKIP_BAD:+--skip-bad} "${groups[@]}" --out data
 fi
 # 2. Points to masks (Section 2.2), 3. masks to images (Section 2.3): models of all groups, or 1, 2, ... of one each
 each() {
@@ -90,12 +90,12 @@ each() {
 print(*sorted(set(numpy.load(sys.argv[1])[sys.argv[2]]) - {""}), sep="\n")' $real "$ATTRIBUTE")
 }
 train_points() {
-  stage points-$1 pointdiff.py train $real $groups "${@:2}" --steps $points $seed --out points-$1.pt
+  stage points-$1 pointdiff.py train $real "${groups[@]}" "${@:2}" --steps $points $seed --out points-$1.pt
   stage masks-$1 pointdiff.py sample points-$1.pt --steps $masks $seed ${keep:+--keep-invalid} --out masks-$1.npz
-  stage score-masks-$1 pointdiff.py evaluate masks-$1.npz $real $test_set $groups --out masks-$1.csv
+  stage score-masks-$1 pointdiff.py evaluate masks-$1.npz $real $test_set "${groups[@]}" --out masks-$1.csv
 }
 train_base() {
-  stage base controlnet.py train-base $real $groups --steps $base $fit $seed --out base.pt
+  stage base controlnet.py train-base $real "${groups[@]}" --steps $base $fit $seed --out base.pt
   stage base-alone controlnet.py sample base.pt $real --n 100 $sampler --out base-alone.npz
   each train_control
 }
@@ -108,30 +108,30 @@ generate() {
 row() {
   local set=$real flags="--method $1"
   case $1 in
-    equal) set=mixed.npz flags="" ;; balanced) set=mixed.npz ;; no-points) set=no-points.npz flags="" ;;
-    oracle) set=oracle.npz flags="" ;; judge) flags="--method oversample --width 24" ;;
+    no-points | oracle) set=$1.npz flags="" ;; equal) set=mixed.npz flags="" ;; balanced) set=mixed.npz ;;
+    judge) flags="--method oversample --width 24" ;;
   esac
-  stage $1-$2 transunet.py train $set $flags $base_net $groups --steps $seg $fit --seed $2 ${WEIGHTS:+--weights "$WEIGHTS"} --out $1-$2.pt
+  stage $1-$2 transunet.py train $set $flags $network "${groups[@]}" --steps $seg $fit --seed $2 ${WEIGHTS:+--weights "$WEIGHTS"} --out $1-$2.pt
   stage predict-$1-$2 transunet.py predict $1-$2.pt $test_set --out pred/$1-$2.npz
 }
 trainings() { for row in $METHODS; do for n in $SEEDS; do [[ " $1 " != *" $row "* ]] || beside row $row $n; done; done; }
 beside train_base; images_pid=$!
 beside each train_points; points_pid=$!
-beside row judge 1000
+beside row judge 1000                                   # a TransUNet that only scores images, for Table 1
 trainings plain
 join $images_pid $points_pid
 beside each generate; generate_pid=$!
 trainings "oversample groupdro adv fairseg oracle"
 join $generate_pid
 # 4. Equal Scale (Section 2.4, Eq. 6), and the same over the masks of training images: without the point model
-stage mix fairdiff.py mix $real synthetic-*.npz $groups $seed --out mixed.npz
-stage mix-no-points fairdiff.py mix $real real-masks-*.npz $groups $seed --out no-points.npz
+stage mix fairdiff.py mix $real synthetic-*.npz "${groups[@]}" $seed --out mixed.npz
+stage mix-no-points fairdiff.py mix $real real-masks-*.npz "${groups[@]}" $seed --out no-points.npz
 trainings "equal balanced no-points"
 # 6. Evaluation: images (Table 1), segmentation (Tables 2-5), one page with everything
-beside stage score-images controlnet.py evaluate judge-1000.pt $real $test_set base-alone.npz real-masks-*.npz synthetic-*.npz $groups --out table1.csv
+beside stage score-images controlnet.py evaluate judge-1000.pt $real $test_set base-alone.npz real-masks-*.npz synthetic-*.npz "${groups[@]}" --out table1.csv
 join $pids
 predictions=$(for row in $METHODS; do for n in $SEEDS; do echo "$row:$n=pred/$row-$n.npz"; done; done)
-"$python" "$here/fairness.py" table $test_set $predictions $groups --out results.csv > log/table.txt
+"$python" "$here/fairness.py" table $test_set $predictions "${groups[@]}" --out results.csv > log/table.txt
 "$python" "$here/fairdiff.py" report .
 sed -n '/^mean Dice/,$p' log/table.txt
 echo "all of it in $SECONDS s: $OUT/report.html"

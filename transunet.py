@@ -21,7 +21,7 @@ from fairdiff import (InputError, Run, autocast, command_line, fingerprint, grou
 
 # ---- Augmentation -------------------------------------------------------------------------------
 def augment(image, mask):
-    """Flip and rotate image float (B, 1, H, W) and mask long (B, H, W) alike, as published."""
+    """Flip and rotate image (B, 1, H, W) and mask (B, H, W) alike, with the published odds."""
     b, _, h, w = image.shape
     kind = torch.rand(b, device=image.device)
     turns = 4 if h == w else 2
@@ -47,7 +47,7 @@ class StdConv2d(nn.Conv2d):
 
 def group_norm(channels):
     """GroupNorm with 32 groups as published, fewer for few channels."""
-    return nn.GroupNorm(math.gcd(32, channels // 2), channels, eps=1e-6)
+    return nn.GroupNorm(math.gcd(32, max(1, channels // 2)), channels, eps=1e-6)
 
 class Bottleneck(nn.Module):
     """ResNetV2 unit: 1x1, 3x3 (with stride s) and 1x1 convolutions, and a residual connection."""
@@ -132,7 +132,7 @@ class Up(nn.Module):
             x = torch.cat([x, skip], 1)                                 # (B, c_in + c_skip, 2H, 2W)
         return self.conv2(self.conv1(x))                                # (B, c_out, 2H, 2W)
 
-GOOGLE_NAMES = {                                # regular expressions of our names, in this order
+GOOGLE_NAMES = {                # regular expression in our names: replacement, applied in order
     r"stem\.blocks\.(\d)\.(\d)": lambda m: f"block{int(m[1]) + 1}/unit{int(m[2]) + 1}",
     "^stem.": "", "^root": "conv_root", "downsample": "conv_proj", "embed": "embedding",
     "^blocks.": "Transformer/encoderblock_", r"(norm.?|gn\w+)\.weight": r"\1.scale",
@@ -185,10 +185,10 @@ class TransUNet(nn.Module):
     def load_npz(self, path):
         """Fill from Google's R50+ViT-B_16.npz; returns the names not filled. InputError: not it."""
         own = dict(self.named_parameters())
-        left = [name for name in own if name.startswith(("bridge", "ups", "head"))]
+        unfilled = [name for name in own if name.startswith(("bridge", "ups", "head"))]
         try:
             file = np.load(path, allow_pickle=False)
-            for name in own.keys() - left:
+            for name in own.keys() - unfilled:
                 key, shape = name, own[name].shape
                 for ours, theirs in GOOGLE_NAMES.items():
                     key = re.sub(ours, theirs, key)
@@ -204,7 +204,7 @@ class TransUNet(nn.Module):
                 own[name].copy_(value.reshape(shape))
         except Exception as error:                      # KeyError, ValueError, zip errors
             raise InputError(f"{path}: {error}; expected R50+ViT-B_16.npz") from None
-        return left
+        return unfilled
 
 # ---- Losses -------------------------------------------------------------------------------------
 def soft_dice(p, mask, dims=(0, 2, 3)):
@@ -227,8 +227,8 @@ def group_means(values, group, n_groups):
 def groupdro_loss(losses, group, q, rate):
     """GroupDRO (Sagawa et al. 2020, Algorithm 1) of losses (B,) and weights q (G,): loss, new q.
 
-    Batches draw the groups equally often, as published; natural batches are another method. An
-    absent group keeps its q, where the published code lets it decay; unknown images weigh 1.
+    Batches draw the groups equally often, as published. A group that is not in the batch keeps its
+    q, where the published code lets it decay; unknown images weigh 1.
     """
     mean, count = group_means(losses, group, len(q))
     present = (count > 0).to(q.dtype)
@@ -260,16 +260,15 @@ def adversary_loss(logits, group, weight):
 METHODS = ("plain", "oversample", "balanced", "groupdro", "adv", "fairseg")
 
 def draw_weights(code, method, synthetic=0):
-    """Odds (N,) that an image is drawn: all alike, or each group as often as another; balanced, an
-    extension of the paper: and in a group real as often as synthetic images, bool (N,)."""
+    """Odds (N,) of drawing an image: equal, or each group alike; with "balanced", ours, in a group
+    real and synthetic (bool (N,)) images alike, too. Unknown: like the average image."""
     weight = np.ones(len(code))
     if method in ("oversample", "balanced", "groupdro"):
         part = 2 * code + synthetic * (method == "balanced")
         groups = np.unique(code[code >= 0])
         for g in groups:
-            kinds, counts = np.unique(part[code == g], return_counts=True)
-            for kind, count in zip(kinds, counts, strict=True):
-                weight[part == kind] = 1 / len(kinds) / count
+            _, kind, counts = np.unique(part[code == g], return_inverse=True, return_counts=True)
+            weight[code == g] = 1 / len(counts) / counts[kind]
         weight[code < 0] = len(groups) / (code >= 0).sum()
     return torch.as_tensor(weight)
 
@@ -284,7 +283,7 @@ def build(config):
     return net
 
 def method_loss(net, method, strength, progress, rarity, logits, token, mask, group):
-    """The loss of a method on a batch; GroupDRO moves its weights net.q, ADV ramps up."""
+    """Loss of a method on a batch; progress 0 to 1, rarity (G,), token (B, D); updates net.q."""
     n_groups = len(net.q)
     if method == "fairseg":
         return fairseg_loss(logits, mask, group, n_groups, strength)
@@ -294,8 +293,8 @@ def method_loss(net, method, strength, progress, rarity, logits, token, mask, gr
         return loss
     loss = seg_loss(logits, mask)
     if method == "adv":
-        ramp = 2 / (1 + math.exp(-10 * progress)) - 1                   # the adversary learns first
-        turn = 1 + strength * ramp                                      # -strength * the gradient
+        ramp = 2 / (1 + math.exp(-10 * progress)) - 1                   # as Ganin et al. 2016
+        turn = 1 + strength * ramp                          # reverses: gradient * -strength * ramp
         guess = net.adversary(turn * token.detach() + (1 - turn) * token)
         loss = loss + adversary_loss(guess, group, rarity)
     return loss
@@ -308,14 +307,14 @@ def train(dataset, out="seg.pt", method: Literal[METHODS] = "plain", strength=1.
     strength: of adv, groupdro or fairseg; width: channels of the compact network's first layer;
     base: the published R50-ViT-B/16; weights: its R50+ViT-B_16.npz.
     """
-    config = locals() | {"kind": "transunet"}
+    config = locals() | {"kind": "transunet"}           # all the settings above
     device, world = setup(device)
     data = load_set(dataset)
     code, names = group_codes(data, attribute)
     if not data["mask"].any():
         raise InputError(f"{dataset}: all masks are empty; expected labels 1 and 2 in some")
-    if batch // world == 1 and data["mask"][0].size == 256:             # BatchNorm of one value
-        raise InputError("one image of 16 px a step; expected --batch 2 or larger images")
+    if batch < world or batch // world == 1 and data["mask"][0].size == 256:    # for BatchNorm
+        raise InputError(f"--batch {batch} on {world} devices; expected more, or larger images")
     lr = lr or {"adamw": 4e-3, "sgd": 0.01}[optimizer]
     config |= {"groups": names, "data": fingerprint(data["image"], data["mask"], code)}
     torch.manual_seed(seed)
@@ -326,7 +325,7 @@ def train(dataset, out="seg.pt", method: Literal[METHODS] = "plain", strength=1.
     if optimizer == "sgd":
         updater = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=1e-4)
     run = Run(out, config, net, updater, 0.995)
-    if world > 1 and device.type == "cuda":             # shares the weights with net
+    if world > 1 and device.type == "cuda":             # converts net in place
         nn.SyncBatchNorm.convert_sync_batchnorm(net)
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     weight = draw_weights(code, method, data["synthetic"]).to(device)

@@ -132,6 +132,16 @@ def test_split_keeps_patients_together_and_groups_in_proportion(here, capsys):
     assert [(test["race"] == g).sum() for g in "ab"] == [8, 4] and run("split", "data", "--out", "again") == 0
     assert all(np.array_equal(test[key], value) for key, value in fairdiff.load_set("again/test.npz").items())
 
+def test_a_folder_of_two_parts_needs_no_names(here, capsys):
+    """train.npz and test.npz as the README makes them, of one size or two; a word that is no target is one line."""
+    os.mkdir("own")
+    for part, side in (("train", 16), ("test", 32)):
+        zeros = np.zeros((6, side, side), np.uint8)
+        np.savez(f"own/{part}.npz", image=zeros, mask=zeros, site=np.array([*"ababab"]))
+    assert run("split", "own") == 0 and fairdiff.load_set("data/test.npz")["image"].shape == (6, 32, 32)
+    assert "data/test.npz: 6 images" in capsys.readouterr().out
+    assert run("mix", "a", "b", "--target", "most") == 2 and "'most'" in capsys.readouterr().err
+
 def test_phantom_is_made_by_its_seed():
     """The same seed gives the same set, another one another; an image depends on its mask, its race and the seed."""
     a, b, other = (fairdiff.make_phantom(6, 32, seed=seed) for seed in (3, 3, 4))
@@ -211,7 +221,7 @@ def test_table_columns_split_and_patient(here):
     write_images([EYE] * 20, names=own, columns={"site": ["\u00c5"] * 20, "split": ["test", "train", "", "train"] * 5})
     assert images() == 0
     assert names("test") == own[::4] and names("train") == own[1::2] and set(both()["site"]) == {"\u00c5"}
-    write_images([EYE] * 20, names=own, columns={"site": ["A"] * 20, "patient": [f"p{i % 10}" for i in range(20)]})
+    write_images([EYE] * 20, names=own, columns={"site": ["A"] * 20, "mask": ["m.png"] * 20, "patient": [f"p{i % 10}" for i in range(20)]})
     assert images() == 0
     test = names("test")
     assert len(test) == 4 and len({name[-1] for name in test}) == 2 and set(both()["site"]) == {"A"}
