@@ -11,13 +11,12 @@ B batch, K channels of the condition c: 3 labels and G groups, C channels, H W i
 """
 import argparse
 import copy
-import os
 import pathlib
 import re
 import subprocess
 import sys
 import time
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -67,21 +66,18 @@ class SPADEGenerator(nn.Module):
     """From a noise vector to an image; with noise_3d, as in OASIS, the noise joins the condition at every layer."""
     def __init__(self, k, width, noise_3d):
         super().__init__()
-        self.noise_3d, self.width = noise_3d, width
+        self.noise_3d = noise_3d
         k = k + NOISE if noise_3d else k
-        self.start = nn.Conv2d(k, 4 * width, 3, padding=1) if noise_3d else nn.Linear(NOISE, 64 * width)
-        widths = (4 * width, 4 * width, 2 * width, width, width)        # at 1/16, 1/8, 1/4, 1/2 and 1
-        self.blocks = nn.ModuleList(SPADEBlock(a, b, k) for a, b in pairwise((4 * width, *widths)))
+        self.start = nn.Linear(NOISE, 64 * width)
+        widths = (4, 4, 4, 2, 1, 1)                                     # at 1/16, 1/8, 1/4, 1/2 and 1
+        self.blocks = nn.ModuleList(SPADEBlock(a * width, b * width, k) for a, b in pairwise(widths))
         self.last = nn.Conv2d(width, 1, 3, padding=1)
 
     def forward(self, c):
         z = torch.randn(len(c), NOISE, device=c.device)
-        h, w = c.shape[2] // 16, c.shape[3] // 16
         if self.noise_3d:
             c = torch.cat([c, z[..., None, None].expand(-1, -1, *c.shape[2:])], 1)
-            x = self.start(F.interpolate(c, (h, w), mode="nearest"))
-        else:
-            x = F.interpolate(self.start(z).view(len(z), -1, 4, 4), (h, w), mode="nearest")
+        x = F.interpolate(self.start(z).view(len(z), -1, 4, 4), (c.shape[2] // 16, c.shape[3] // 16))
         for i, block in enumerate(self.blocks):
             x = block(F.interpolate(x, scale_factor=2, mode="nearest") if i else x, c)
         return torch.tanh(self.last(F.leaky_relu(x, 0.2)))
@@ -116,11 +112,7 @@ class Trunk(nn.Module):
                                     for a, b in pairwise(widths))
 
     def forward(self, x):
-        features = []
-        for layer in self.layers:
-            x = layer(x)
-            features.append(x)
-        return features
+        return list(accumulate(self.layers, lambda x, layer: layer(x), initial=x))[1:]
 
 class PatchGAN(nn.Module):
     """Logits for patches of image and condition, at two scales, and the features on the way."""
@@ -173,6 +165,7 @@ def balanced_entropy(logits, label, mask):
     return (weight / weight.mean() * F.cross_entropy(logits, label, reduction="none")).mean()
 
 def generator_loss(method, d, fake, real, c, mask):
+    """How far the discriminator is from taking generated images for real ones, and feature matching."""
     if method == "OASIS":
         return balanced_entropy(d(fake, c), mask, mask)
     logits, features = d(fake, c)
@@ -180,6 +173,7 @@ def generator_loss(method, d, fake, real, c, mask):
     return adversarial + 10 * matching(d(real, c)[1], features)
 
 def discriminator_loss(method, d, fake, real, c, mask):
+    """How badly the discriminator tells generated from real images; OASIS: also LabelMix consistency."""
     if method == "pix2pixHD":
         return 0.5 * (least_squares(d(real, c)[0], 1) + least_squares(d(fake, c)[0], 0))
     if method == "SPADE":
@@ -195,10 +189,8 @@ def discriminator_loss(method, d, fake, real, c, mask):
 def build(method, groups, width=32):
     """Generator and discriminator."""
     k = 3 + groups
-    if method == "OASIS":
-        return SPADEGenerator(k, width, True), Segmenter(width, groups)
-    generator = SPADEGenerator(k, width, False) if method == "SPADE" else Pix2pixHD(k, width)
-    return generator, PatchGAN(k, width)
+    generator = Pix2pixHD(k, width) if method == "pix2pixHD" else SPADEGenerator(k, width, method == "OASIS")
+    return generator, Segmenter(width, groups) if method == "OASIS" else PatchGAN(k, width)
 
 def condition(mask, code, groups):
     """One-hot mask and group (B, 3 + G, H, W) of mask long (B, H, W) and code (B,)."""
@@ -229,9 +221,9 @@ def train(method, data, code, groups, seconds=None, steps=None, batch=8):
         generator_loss(method, d, fake, real, c, m).backward()
         optimizer_g.step()
         step += 1
-        keep = min(0.995, (1 + step) / (10 + step))
         for average, value in zip(ema.state_dict().values(), g.state_dict().values(), strict=True):
-            average.copy_(value if not value.is_floating_point() else keep * average + (1 - keep) * value)
+            if value.is_floating_point():
+                average.lerp_(value, max(0.005, 9 / (10 + step)))
     print(f"{method}: {step} steps in {time.monotonic() - start:.0f} s")
     return ema
 
@@ -239,22 +231,19 @@ def train(method, data, code, groups, seconds=None, steps=None, batch=8):
 def generate(ema, masks, code, groups, seed=0):
     """Images uint8 (N, H, W) over masks (N, H, W); batch statistics are the running ones."""
     torch.manual_seed(seed)
-    ema.eval()
     c = condition(torch.as_tensor(masks).long(), torch.as_tensor(code), groups)
-    parts = [ema(part) for part in c.split(50)]
-    return ((torch.cat(parts)[:, 0] + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+    images = torch.cat([ema.eval()(part) for part in c.split(50)])
+    return ((images[:, 0] + 1) * 127.5).round().byte().numpy()
 
 def downstream(run, out, label, path, seed):
     """Worst-group Dice of a TransUNet trained on Equal Scale with these synthetic images."""
     pred = out / f"pred-{label.replace(' ', '-')}-{seed}.npz"
     name = str(pred)[:-4]
-    steps = ["--steps", "1120", "--seed", str(seed)]
     for file, *command in (["fairdiff.py", "mix", run / "data/train.npz", path, "--out", f"{name}-mixed.npz"],
-                           ["transunet.py", "train", f"{name}-mixed.npz", *steps, "--out", f"{name}.pt"],
+                           ["transunet.py", "train", f"{name}-mixed.npz", "--seed", str(seed), "--out", f"{name}.pt"],
                            ["transunet.py", "predict", f"{name}.pt", run / "data/test.npz", "--out", pred]):
         if not pred.exists():
-            subprocess.run([sys.executable, ROOT / file, *command], check=True, stdout=subprocess.DEVNULL,
-                           stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            subprocess.run([sys.executable, ROOT / file, *command], check=True, capture_output=True)
     truth, pred = fairdiff.load_set(run / "data/test.npz"), fairdiff.load_set(pred)["mask"]
     scores = np.mean([fairness.dice(pred, truth["mask"], label) for label in (1, 2)], 0)
     return min(scores[truth["race"] == name].mean() for name in np.unique(truth["race"]))
@@ -267,7 +256,6 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of the TransUNets on Equal Scale")
     parser.add_argument("--csv", default=str(pathlib.Path(__file__).with_name("table1.csv")))
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
     run, out = args.run, args.out
     log = (run / "log/seconds.txt").read_text()
     seconds = sum(map(int, re.findall(r"(\d+) s  (?:base|control-all)$", log, re.M)))
