@@ -219,7 +219,7 @@ def table(dataset, predictions: list, out="results.csv", attribute="race"):
     for method in methods:
         own, first = scores[method, "mean", "dice"], scores[methods[0], "mean", "dice"]
         report = reports[method, "mean", "dice"]
-        worst[method] = min(own[group == g].mean() for g in set(group[group >= 0]))
+        worst[method] = float(report["worst"])
         gap = f"{report['gap']} ({chance_level(own, group)[1]:.4f})"
         rows = {row.name: row for row in compare(own, first, group, names)}
         difference = "{2:+.4f} [{3:+.4f}, {4:+.4f}]".format(*rows["worst"])
