@@ -363,11 +363,11 @@ def describe(where, data):
         if found.any():
             print(f"warning: {found.sum()} images {text}: {', '.join(data['name'][found][:5])}")
 
-def number_or_word(text):
-    """The type of a setting: a whole number, or one of the words disc and max."""
-    return text if text in ("disc", "max") else int(text)
+def number_or_disc(text):
+    """The type of --crop: a whole number, or disc."""
+    return text if text == "disc" else int(text)
 
-def fairseg(folder, out="data", size=64, crop: number_or_word = 512, split: list = None,
+def fairseg(folder, out="data", size=64, crop: number_or_disc = 512, split: list = None,
             attribute: str = None, test_share=0.2, skip_bad=False):
     """Import a folder of Harvard-FairSeg files.
 
@@ -412,7 +412,7 @@ def fairseg(folder, out="data", size=64, crop: number_or_word = 512, split: list
         data["race"] = np.array([book.get(name, "") for name in data["race"]])
     split_set(data, out, attribute, test_share)
 
-def images(images, masks, groups, out="data", size=64, crop: number_or_word = 512, labels="0,1,2",
+def images(images, masks, groups, out="data", size=64, crop: number_or_disc = 512, labels="0,1,2",
            channel: typing.Literal["all", "green"] = "all", attribute: str = None, test_share=0.2,
            skip_bad=False):
     """Import pictures, masks of the same name, and a table (CSV) whose first column names them.
@@ -541,7 +541,7 @@ class Run:
 
     def update(self, loss):
         """Move the EMA towards the weights and log the loss; FloatingPointError if not finite."""
-        keep = min(self.decay, (1 + self.step) / (10 + self.step))      # short trainings forget too
+        keep = min(self.decay, (1 + self.step) / (10 + self.step))      # less at first
         weights = self.net.state_dict()
         for name, average in self.ema.state_dict().items():
             if average.is_floating_point():
@@ -717,11 +717,15 @@ def phantom(out="data", train=1000, test=2000, size=64, seed=0, shift=1.0, balan
         parts["test"] = make_phantom(test, size, seed + 1, shift, balance)
     save_parts(out, balance or attribute, **parts)
 
-def mix(real, synthetic: list, out="mixed.npz", attribute="race", target: number_or_word = None,
+def number_or_max(text):
+    """The type of --target: a whole number, or max."""
+    return text if text == "max" else int(text)
+
+def mix(real, synthetic: list, out="mixed.npz", attribute="race", target: number_or_max = None,
         n_real: int = None, seed=0):
     """Write the Equal Scale set (Eq. 6) of a real set and synthetic ones, and print the counts.
 
-    target: images a group, by default real images / groups, or max: the largest group; n_real:
+    target: images per group, by default real images / groups, or max: the largest group; n_real:
     first draw so many real images.
     """
     real, synthetic = load_set(real), concatenate(*map(load_set, synthetic))

@@ -140,7 +140,8 @@ def test_a_folder_of_two_parts_needs_no_names(here, capsys):
         np.savez(f"own/{part}.npz", image=zeros, mask=zeros, site=np.array([*"ababab"]))
     assert run("split", "own") == 0 and fairdiff.load_set("data/test.npz")["image"].shape == (6, 32, 32)
     assert "data/test.npz: 6 images" in capsys.readouterr().out
-    assert run("mix", "a", "b", "--target", "most") == 2 and "'most'" in capsys.readouterr().err
+    for line in (["mix", "a", "b", "--target", "disc"], ["fairseg", "own", "--crop", "max"]):
+        assert run(*line) == 2 and f"'{line[-1]}'" in capsys.readouterr().err
 
 def test_phantom_is_made_by_its_seed():
     """The same seed gives the same set, another one another; an image depends on its mask, its race and the seed."""
