@@ -37,6 +37,14 @@ def test_three_steps(phantom, method):
     assert np.array_equal(images[0], images[1]) == (method == "pix2pixHD")
     assert not np.array_equal(images[0], images[2])
 
+def test_noise_joins_the_condition_of_oasis_at_every_layer():
+    """With the noise's first layer at zero, images of SPADE no longer depend on it, those of OASIS do."""
+    c = table1.condition(torch.zeros(1, 32, 32, dtype=torch.long), torch.tensor([1]), 3)
+    for noise_3d in (False, True):
+        net = table1.SPADEGenerator(6, 8, noise_3d).eval()
+        torch.nn.init.zeros_(net.start.weight)
+        assert torch.equal(net(c), net(c)) != noise_3d
+
 def test_the_table_has_all_rows(phantom, tmp_path, monkeypatch):
     """On a folder like that of a run: a row for real images, every GAN and every ControlNet set."""
     (tmp_path / "data").mkdir()
