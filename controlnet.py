@@ -10,7 +10,6 @@ mask. `evaluate` measures whether images show their masks.
 B batch, N images, C channels (Ci at level i), H W image, p patch, h w level, E embedding.
 """
 import copy
-import csv
 import math
 import sys
 from itertools import cycle, islice, pairwise
@@ -22,9 +21,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from fairdiff import (InputError, Run, autocast, command_line, fingerprint, group_codes,
-                      load_checkpoint, load_set, replacing, save_group_grid, save_set, setup,
-                      subset)
-from fairness import dice, print_table, set_distance, structures
+                      load_checkpoint, load_set, save_group_grid, save_set, setup, subset)
+from fairness import dice, print_table, save_csv, set_distance, structures
 from pointdiff import DDPM, timestep_embedding
 from transunet import draw_weights, load_segmenter, predict_masks
 
@@ -147,10 +145,8 @@ def mask_weight(mask):
 def train_base(dataset, out="base.pt", attribute="race", width=32, patch: int = None, steps=200,
                batch=8, lr=2e-3, seed=0, device="auto"):
     """Train the UNet on the images of a dataset.
-
     width: channels of level 0, divisible by 8; patch: p x p pixels become channels, by default the
-    largest p that leaves at least 32 on a side, or 2.
-    """
+    largest p that leaves at least 32 on a side, or 2."""
     config = locals() | {"kind": "base", "widths": [width, 2 * width, 3 * width]}
     data = load_set(dataset)
     _, names = group_codes(data, attribute)
@@ -165,9 +161,7 @@ def train_base(dataset, out="base.pt", attribute="race", width=32, patch: int = 
 def train_control(dataset, base, out="control.pt", group: str = None, lock=False, steps=2600,
                   batch=8, lr=2e-3, seed=0, device="auto"):
     """Train a ControlNet around a base, on the images of all groups, or of one, as in the paper.
-
-    lock: freeze the decoder, too, as the paper does.
-    """
+    lock: freeze the decoder, too, as the paper does."""
     settings = locals() | {"kind": "control"}
     data = load_set(dataset)
     net, _, config = load_generator(base, "cpu", ["base"])
@@ -211,7 +205,6 @@ def fit(net, config, data, out, device):
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         run.update(loss)
-    print(f"{config['kind']}: loss {np.mean(run.losses[-5:], 0)[1]:.4f} after {steps} steps")
     show = torch.multinomial(odds, 24, replacement=True).cpu().numpy()
     data = subset(data, show)
     data["image"] = sample_images(run.ema, ddpm, config, code[show], data["mask"], device)
@@ -227,7 +220,7 @@ def load_generator(path, device, kinds=("base", "control")):
     net.load_state_dict(state["ema"])
     return net.to(device), ddpm, state["config"]
 
-def sample_images(net, ddpm, config, code, mask, device, steps=10, seed=0, batch=100):
+def sample_images(net, ddpm, config, code, mask, device, steps=8, seed=0, batch=100):
     """Images uint8 (N, H, W) of groups code (N,), over masks (N, H, W) if net is a ControlNet."""
     net.eval()
     mean, std = config["mean"], config["std"]
@@ -242,13 +235,11 @@ def sample_images(net, ddpm, config, code, mask, device, steps=10, seed=0, batch
         images[i:i + batch] = (x[:, 0] * std + mean).round().byte().cpu().numpy()
     return images
 
-def sample(checkpoint, masks, out="synthetic.npz", n: int = None, equal=False, steps=10, seed=0,
+def sample(checkpoint, masks, out="synthetic.npz", n: int = None, equal=False, steps=8, seed=0,
            device="auto"):
     """Generate an image for every mask of known group, or n a group, with its masks in turn.
-
     checkpoint: of a ControlNet, or of a base, which ignores masks; equal: as many a group as Equal
-    Scale needs, if masks are the real set; steps: of denoising.
-    """
+    Scale needs, if masks are the real set; steps: of denoising."""
     device, _ = setup(device)
     data = load_set(masks)
     net, ddpm, config = load_generator(checkpoint, device)
@@ -281,10 +272,8 @@ def judge_images(judge, images, device):
 def evaluate(judge, train, test, sets: list, out="table1.csv", attribute="race", n=100,
              device="auto"):
     """Print a judge's Dice on images against their masks, and Table 1 on its features, also as CSV.
-
     judge: a TransUNet trained for this alone, on real images; sets: NAME=FILE, or NAME-PART.npz,
-    where files of one NAME are joined; n: images a group at most.
-    """
+    where files of one NAME are joined; n: images a group at most."""
     device, _ = setup(device)
     judge = load_segmenter(judge, device)
     train = load_set(train)
@@ -322,14 +311,9 @@ def evaluate(judge, train, test, sets: list, out="table1.csv", attribute="race",
         distance = set_distance(features, reference, training)
         lines.append([label, *map("{:.4g}".format, distance.values())])
     heads = ["images", *distance]
-    with replacing(out) as path, open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([heads, *lines])
+    save_csv(out, [heads, *lines])
     print_table("Table 1, on features of the judge", heads, lines)
 
 # ---- Command line -------------------------------------------------------------------------------
-def main(argv=None):
-    """The command line; returns the exit code."""
-    return command_line(argv, train_base, train_control, sample, evaluate)
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line(train_base, train_control, sample, evaluate))

@@ -32,10 +32,8 @@ class InputError(Exception):
 # ---- Equal Scale (Section 2.4) --------------------------------------------------------------
 def equal_scale(real, synthetic, attribute, target=None, seed=0, n_real=None):
     """Top up every group to the same size with synthetic images, and cut larger ones, Eq. 6.
-
     target: images per group, None: round(N_real / G), "max": the largest group; n_real: first draw
-    so many real images. No image occurs twice; unknown groups are left out. InputError: too few.
-    """
+    so many real images. No image occurs twice; unknown groups are left out. InputError: too few."""
     rng = np.random.default_rng(seed)
     code, names = group_codes(real, attribute)
     synthetic_code, _ = group_codes(synthetic, attribute, names)
@@ -60,9 +58,7 @@ def group_columns(data):
 
 def group_codes(data, attribute, names=None):
     """The group of every image, codes int (N,), -1 unknown, and the names that they stand for.
-
-    names: sorted, or those given. InputError: no such column, or nobody's group is known.
-    """
+    names: sorted, or those given. InputError: no such column, or nobody's group is known."""
     if attribute not in group_columns(data) or not any(data[attribute]):
         raise InputError(f"no group is known in column {attribute!r}; expected --attribute "
                          f"{' or '.join(group_columns(data))}")
@@ -119,18 +115,6 @@ def concatenate(*sets):
         parts = [data.get(key, np.full(len(data["name"]), "")) for data in sets]
         joined[key] = np.concatenate(parts)
     return check_set(joined, "the sets together")
-
-def split_rows(data, share, attribute, seed=0):
-    """Row numbers (train, held out): a share of the patients of every group is held out."""
-    code, _ = group_codes(data, attribute)
-    patient = data.get("patient", data["name"])
-    patient = np.where(patient == "", data["name"], patient)            # unknown: one of its own
-    _, first, number = np.unique(patient, return_index=True, return_inverse=True)
-    held_out = np.zeros(len(first), bool)
-    for g in np.unique(code):
-        members = np.random.default_rng(seed).permutation(np.flatnonzero(code[first] == g))
-        held_out[members[:round(share * len(members))]] = True
-    return np.flatnonzero(~held_out[number]), np.flatnonzero(held_out[number])
 
 @contextlib.contextmanager
 def replacing(path):
@@ -225,9 +209,7 @@ def phantom_image(rng, mask, traits):
 
 def render_phantom(mask, race, seed, shift=1.0):
     """The phantom's images uint8 (N, S, S) over masks (N, S, S) of patients of a race, text (N,).
-
-    Image i depends on (seed, i), its mask and its race alone. shift 0: all races look alike.
-    """
+    Image i depends on (seed, i), its mask and its race alone. shift 0: all races look alike."""
     images = np.empty(mask.shape, np.uint8)
     for i in range(len(mask)):
         rng = np.random.default_rng((seed, 1, i))
@@ -236,10 +218,8 @@ def render_phantom(mask, race, seed, shift=1.0):
 
 def make_phantom(n, size, seed, shift=1.0, balance=None, rare=None):
     """A dataset of n phantom patients, size x size pixels, the same for the same seed.
-
     shift: how far the races differ; balance: a column whose groups are made equally large; rare:
-    how many of the rarest race stay, the others become of the most frequent one.
-    """
+    how many of the rarest race stay, the others become of the most frequent one."""
     rng = np.random.default_rng((seed, 2))
     data = {"name": np.array([f"phantom-{seed}-{i:05d}" for i in range(n)])}
     for attribute, shares in MARGINALS.items():
@@ -281,9 +261,7 @@ def to_grey(array):
 
 def crop_and_resize(image, mask, crop, size):
     """Cut a square out of image and mask, uint8 (H, W), and resize both to size x size.
-
-    crop: the side of the largest centred square, or "disc": a square around the disc.
-    """
+    crop: the side of the largest centred square, or "disc": a square around the disc."""
     h, w = mask.shape
     side = min(h, w) if crop == "disc" else min(h, w, crop)
     top, left = (h - side) / 2, (w - side) / 2
@@ -299,9 +277,7 @@ def crop_and_resize(image, mask, crop, size):
 
 def import_all(names, read, labels, size, crop, skip_bad):
     """A dataset of what read(name) returns: image uint8 and mask (H, W), a dict of group names.
-
-    The values `labels` of a mask become 0, 1, 2. InputError: a file cannot be used.
-    """
+    The values `labels` of a mask become 0, 1, 2. InputError: a file cannot be used."""
     rows = []
     for name in tqdm(names, "import", disable=None):
         try:
@@ -322,46 +298,47 @@ def import_all(names, read, labels, size, crop, skip_bad):
     return {key: np.array([row[key] for row in rows]) for key in rows[0]}
 
 def save_parts(out, attribute, **parts):
-    """Write the sets train and test into the folder `out`, a picture, and print what they hold."""
-    attribute = attribute or next(iter(group_columns(parts["train"])), "")
+    """Write sets and pictures of them into the folder `out`, say what they hold, warn if odd."""
     group_codes(parts["train"], attribute)              # InputError before anything is written
     for part, data in parts.items():
-        save_set(f"{out}/{part}.npz", data)
-    save_group_grid(f"{out}/train.npz.png", parts["train"], attribute)
-    for part, data in parts.items():
-        describe(f"{out}/{part}.npz", data)
+        path = f"{out}/{part}.npz"
+        save_set(path, data)
+        save_group_grid(f"{path}.png", data, attribute)
+        mask = data["mask"]
+        print(f"{path}: {len(mask)} images, labels {np.unique(mask)}, "
+              f"{len(mask) - (mask == 2).any((1, 2)).sum()} masks without cup")
+        for key in group_columns(data):
+            counts = zip(*np.unique(data[key], return_counts=True), strict=True)
+            print(f"  {key}:", ", ".join(f"{name or 'unknown'} {n}" for name, n in counts))
+        edge = np.concatenate([mask[:, 0], mask[:, -1], mask[:, :, 0], mask[:, :, -1]], 1)
+        hole = np.array([(ndimage.binary_fill_holes(m == 2) & (m == 0)).any() for m in mask])
+        odd = {"have no disc, perhaps by the crop": ~mask.any((1, 2)),
+               "have a disc that the border cuts": edge.any(1),
+               "have a cup at the border or around background: check --labels":
+                   (edge == 2).any(1) | hole,
+               "are constant": np.ptp(data["image"], axis=(1, 2)) == 0}
+        for text, found in odd.items():
+            if found.any():
+                print(f"warning: {found.sum()} images {text}: {', '.join(data['name'][found][:5])}")
 
 def split_set(data, out, attribute, test_share):
-    """Split a set as its column split says, or by patients, and write both parts."""
-    parts = data.pop("split", np.array([""]))
+    """Write both parts of a set: as its column split says, or a share of every group's patients."""
+    part = data.pop("split", np.array([""]))
     data = check_set(data, out)
-    train, test = np.flatnonzero(parts == "train"), np.flatnonzero(parts == "test")
-    if (parts == "").all():
-        column = attribute or next(iter(group_columns(data)), "")
-        train, test = split_rows(data, test_share, column)
+    attribute = attribute or [*group_columns(data), ""][0]
+    if (part == "").all():
+        code, _ = group_codes(data, attribute)
+        patient = data.get("patient", data["name"])
+        patient = np.where(patient == "", data["name"], patient)        # unknown: one of its own
+        part = np.full(len(code), "train")
+        for g in np.unique(code):
+            own = np.random.default_rng(0).permutation(np.unique(patient[code == g]))
+            part[np.isin(patient, own[:round(test_share * len(own))])] = "test"
+    train, test = np.flatnonzero(part == "train"), np.flatnonzero(part == "test")
     if not len(train) or not len(test):
         raise InputError(f"{len(train)} images to train, {len(test)} to test; expected both")
     save_parts(out, attribute, train=subset(data, train), test=subset(data, test))
-    print(f"{len(data['name']) - len(train) - len(test)} images are in neither part")
-
-def describe(where, data):
-    """Print what is in a set, and warn of what looks wrong."""
-    mask = data["mask"]
-    border = np.concatenate([mask[:, 0], mask[:, -1], mask[:, :, 0], mask[:, :, -1]], 1)
-    hole = np.array([(ndimage.binary_fill_holes(m == 2) & (m == 0)).any() for m in mask])
-    print(f"{where}: {len(mask)} images, labels {np.unique(mask)}, "
-          f"{len(mask) - (mask == 2).any((1, 2)).sum()} masks without cup")
-    for key in group_columns(data):
-        counts = zip(*np.unique(data[key], return_counts=True), strict=True)
-        print(f"  {key}:", ", ".join(f"{name or 'unknown'} {n}" for name, n in counts))
-    warnings = {"have no disc, perhaps by the crop": ~mask.any((1, 2)),
-                "have a disc that the border cuts": border.any(1),
-                "have a cup at the border or around background: check --labels":
-                    (border == 2).any(1) | hole,
-                "are constant": np.ptp(data["image"], axis=(1, 2)) == 0}
-    for text, found in warnings.items():
-        if found.any():
-            print(f"warning: {found.sum()} images {text}: {', '.join(data['name'][found][:5])}")
+    print(f"{len(part) - len(train) - len(test)} images are in neither part")
 
 def number_or_disc(text):
     """The type of --crop: a whole number, or disc."""
@@ -370,10 +347,8 @@ def number_or_disc(text):
 def fairseg(folder, out="data", size=64, crop: number_or_disc = 512, split: list = None,
             attribute: str = None, test_share=0.2, skip_bad=False):
     """Import a folder of Harvard-FairSeg files.
-
     crop: side of the centred square, or disc: around the disc; split: TRAIN.txt TEST.txt, by
-    default those in the folder; attribute: a group column that must be there.
-    """
+    default those in the folder; attribute: a group column that must be there."""
     folder = pathlib.Path(folder)
     paths = sorted(folder.rglob("[!.]*.npz"))                           # macOS hides copies
     lists = split or [*folder.glob("train.txt"), *folder.glob("test.txt")]
@@ -416,10 +391,8 @@ def images(images, masks, groups, out="data", size=64, crop: number_or_disc = 51
            channel: typing.Literal["all", "green"] = "all", attribute: str = None, test_share=0.2,
            skip_bad=False):
     """Import pictures, masks of the same name, and a table (CSV) whose first column names them.
-
     Its other columns are groups, or `patient`, or `split`: train or test. labels: mask values of
-    background, rim and cup; channel all: the luminance; crop and attribute: see fairseg.
-    """
+    background, rim and cup; channel all: the luminance; crop and attribute: see fairseg."""
     with open(groups, newline="", encoding="utf-8-sig") as file:
         table = {next(iter(row.values())): row for row in csv.DictReader(file)}
     pictures, masks = ({path.stem: path for path in sorted(pathlib.Path(folder).glob("[!.]*"))}
@@ -445,7 +418,7 @@ def split(dataset, out="data", attribute: str = None, test_share=0.2):
     if os.path.isfile(dataset):
         return split_set(load_set(dataset), out, attribute, test_share)
     parts = {part: load_set(f"{dataset}/{part}.npz") for part in ("train", "test")}
-    save_parts(out, attribute, **parts)
+    save_parts(out, attribute or [*group_columns(parts["train"]), ""][0], **parts)
 
 def export(dataset, folder, png=False):
     """Write a dataset as Harvard-FairSeg files, or with --png as pictures for other tools."""
@@ -501,10 +474,8 @@ def fingerprint(*arrays):
 
 class Run:
     """One training: network, the EMA of its weights, optimizer, step and losses, in one file.
-
     Continues an interrupted training; InputError: the file holds another config. All that is random
-    in a step comes from (seed, step), so on a CPU it ends bit for bit like an unbroken one.
-    """
+    in a step comes from (seed, step), so on a CPU it ends bit for bit like an unbroken one."""
     def __init__(self, path, config, net, optimizer, decay):
         config = {key: config[key] for key in config.keys() - {"dataset", "out", "device"}}
         self.path, self.config, self.net, self.optimizer = path, config, net, optimizer
@@ -538,6 +509,7 @@ class Run:
             self.step = step + 1
             if self.step % SAVE_EVERY == 0 or self.step == total:
                 self.save()
+        print(f"loss {np.mean(self.losses[-5:], 0)[1]:.4f} after {total} steps")
 
     def update(self, loss):
         """Move the EMA towards the weights and log the loss; FloatingPointError if not finite."""
@@ -655,9 +627,7 @@ class Parser(argparse.ArgumentParser):
 
 def add_command(commands, function):
     """A command for a function: its parameters are arguments, those with a default settings.
-
-    An annotation is the type: a list takes several words, a typing.Literal one of its words.
-    """
+    An annotation is the type: a list takes several words, a typing.Literal one of its words."""
     text = inspect.getdoc(function)
     p = commands.add_parser(function.__name__.replace("_", "-"), description=text,
                             help=text.split("\n")[0], formatter_class=argparse.RawTextHelpFormatter)
@@ -676,11 +646,9 @@ def add_command(commands, function):
             kind = {parameter.empty: type(default), list: str}.get(kind, kind)
             p.add_argument(option, type=kind, default=default, help=f"default: {default}", **extra)
 
-def command_line(argv, *functions):
-    """Run the one of the functions that argv names, with the settings in argv.
-
-    Returns the exit code: 0 done, 1 the work failed, 2 bad input, 130 interrupted.
-    """
+def command_line(*functions, argv=None):
+    """Run the one of the functions that the command line names, with the settings there.
+    Returns the exit code: 0 done, 1 the work failed, 2 bad input, 130 interrupted."""
     sys.stdout.reconfigure(errors="replace")            # for an ASCII terminal
     sys.stderr.reconfigure(errors="replace")
     parser = Parser()
@@ -707,10 +675,8 @@ def command_line(argv, *functions):
 def phantom(out="data", train=1000, test=2000, size=64, seed=0, shift=1.0, balance: str = None,
             rare: int = None, attribute="race"):
     """Draw phantom patients: OUT/train.npz and, unless --test is 0, OUT/test.npz.
-
     shift: how far the races differ; balance: a column whose groups are made equal in size; rare:
-    at most so many Asian patients stay, others become White; attribute: column of the picture.
-    """
+    at most so many Asian patients stay, others become White; attribute: column of the picture."""
     seed = 4 * seed + 2 * bool(balance)                 # sets of one seed share no patient
     parts = {"train": make_phantom(train, size, seed, shift, balance, rare)}
     if test:
@@ -724,10 +690,8 @@ def number_or_max(text):
 def mix(real, synthetic: list, out="mixed.npz", attribute="race", target: number_or_max = None,
         n_real: int = None, seed=0):
     """Write the Equal Scale set (Eq. 6) of a real set and synthetic ones, and print the counts.
-
     target: images per group, by default real images / groups, or max: the largest group; n_real:
-    first draw so many real images.
-    """
+    first draw so many real images."""
     real, synthetic = load_set(real), concatenate(*map(load_set, synthetic))
     mixed = equal_scale(real, synthetic, attribute, target, seed, n_real)
     save_set(out, mixed)
@@ -735,12 +699,7 @@ def mix(real, synthetic: list, out="mixed.npz", attribute="race", target: number
     save_group_grid(f"{out}.png", subset(mixed, order), attribute)
     for name in group_codes(real, attribute)[1]:
         own = mixed["synthetic"][mixed[attribute] == name]
-        print(f"{name:<16}{(real[attribute] == name).sum():>6} real images before, now "
-              f"{(~own).sum()} real and {own.sum()} synthetic")
-
-def main(argv=None):
-    """The command line; returns the exit code."""
-    return command_line(argv, phantom, fairseg, images, split, export, mix, report)
+        print(f"{name}: {(~own).sum()} real and {own.sum()} synthetic images")
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line(phantom, fairseg, images, split, export, mix, report))

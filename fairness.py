@@ -18,9 +18,7 @@ from fairdiff import InputError, command_line, group_codes, load_set, replacing
 # ---- Scores of one image ------------------------------------------------------------------------
 def iou(pred, true, label):
     """Intersection over union |P and T| / |P or T| of a label in each image, float (N,) in [0, 1].
-
-    pred, true: integer masks (N, H, W). It is 1 where neither has the label, 0 where one has it.
-    """
+    pred, true: integer masks (N, H, W). It is 1 where neither has the label, 0 where one has it."""
     pred, true = np.asarray(pred) == label, np.asarray(true) == label
     either = (pred | true).sum((1, 2))
     return np.where(either > 0, (pred & true).sum((1, 2)) / np.maximum(either, 1), 1.0)
@@ -90,10 +88,8 @@ def welch_statistic(scores, group):
 
 def fair_report(scores, group, names=None, n_boot=2000, seed=0, ci=0.95):
     """List of Row: overall, each group present, es (Eq. 7), sd, worst, gap, eq1 (Eq. 1) and p.
-
     scores: (N,) in [0, 1]; group: codes (N,); names: of the codes. lo, hi: bootstrap within groups.
-    p: permutation test of equal group means. sd and gap are never below 0: see `chance_level`.
-    """
+    p: permutation test of equal group means. sd and gap are never below 0: see `chance_level`."""
     known = scores[group >= 0]
     labels = group[group >= 0]
     shuffled = np.random.default_rng(seed).permuted(np.tile(known, (n_boot, 1)), axis=1)
@@ -110,9 +106,7 @@ def chance_level(scores, group, n_boot=2000, seed=0):
 
 def compare(scores_a, scores_b, group, names=None, n_boot=2000, seed=0, ci=0.95):
     """The rows of `fair_report` of a minus those of b, two methods on the same images.
-
-    p: two-sided, by random sign flips of each image's difference, statistic |mean difference|.
-    """
+    p: two-sided, by random sign flips of each image's difference, statistic |mean difference|."""
     flips = np.random.default_rng(seed).choice([-1.0, 1.0], (n_boot, len(group)))
     differences = scores_a - scores_b
     sums = np.append(abs(flips @ differences), abs(differences.sum()))
@@ -140,9 +134,7 @@ def mmd_cov(d):
 
 def one_nna(gg, rr, gr):
     """How often a nearest neighbour tells two sets apart (Lopez-Paz & Oquab 2017); 0.5 is ideal.
-
-    Distances within the generated set, within the real set and between them, (N, N) each.
-    """
+    Distances within the generated set, within the real set and between them, (N, N) each."""
     infinite = np.diag(np.full(len(gg), np.inf))        # nobody is their own neighbour
     same = np.concatenate([(gg + infinite).min(1), (rr + infinite).min(1)])
     other = np.concatenate([gr.min(1), gr.min(0)])
@@ -150,9 +142,7 @@ def one_nna(gg, rr, gr):
 
 def set_distance(generated, test, train):
     """Compare features (N, D) of generated and test items, as many as the smaller set has.
-
-    memorised: share closer to a training item than 99 % of these are to their nearest neighbour.
-    """
+    memorised: share closer to a training item than 99 % of these are to their nearest neighbour."""
     n = min(len(generated), len(test))
     generated, test = generated[:n], test[:n]
     between = cdist(generated, test)
@@ -181,6 +171,11 @@ def score_predictions(items, truth):
                 scores.setdefault((method, structure, metric.__name__), {})[seed or "0"] = values
     return scores
 
+def save_csv(path, lines):
+    """Write a CSV file, whole or not at all."""
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(lines)
+
 def print_table(title, heads, lines):
     """Print a Markdown table with aligned columns."""
     widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
@@ -202,9 +197,7 @@ def table(dataset, predictions: list, out="results.csv", attribute="race"):
         scores[key] = values                            # the last: the mean, if there are several
         reports[key] = {row.name: f"{row.value:.4f}" for row in report}
         reports[key]["interval"] = "{2:.4f} [{3:.4f}, {4:.4f}]".format(*report[0])
-    with replacing(out) as path, open(path, "w", newline="", encoding="utf-8") as file:
-        heads = "attribute method seed structure metric group n value lo hi".split()
-        csv.writer(file).writerows([heads, *lines])
+    save_csv(out, ["attribute method seed structure metric group n value lo hi".split(), *lines])
     methods = list(dict.fromkeys(method for method, _, _ in scores))
     heads = ["method", "ES-Dice", "Dice [95 %]", *names, "ES-IoU", "IoU [95 %]", *names]
     for structure in structures(truth["mask"]):
@@ -232,9 +225,5 @@ def table(dataset, predictions: list, out="results.csv", attribute="race"):
     if truth["name"][0].startswith("phantom-"):
         print("\nPhantom images: a caricature for teaching and testing, no medical evidence.")
 
-def main(argv=None):
-    """The command line; returns the exit code."""
-    return command_line(argv, table)
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line(table))

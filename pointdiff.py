@@ -7,7 +7,6 @@
 A mask becomes 512 points: x, y lie on the outline of disc or cup, z says which (Eq. 3-4). A network
 that takes points in any order denoises them. B batch, N points, M any number, C channels, D latent.
 """
-import csv
 import math
 import sys
 from typing import Literal
@@ -20,8 +19,8 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from fairdiff import (InputError, Run, autocast, command_line, fingerprint, group_codes,
-                      load_checkpoint, load_set, replacing, save_grid, save_set, setup)
-from fairness import print_table, set_distance
+                      load_checkpoint, load_set, save_grid, save_set, setup)
+from fairness import print_table, save_csv, set_distance
 
 # ---- Masks to points (Eq. 3-4): an outline is a centre and a radius at each angle ---------------
 ANGLES = np.linspace(-np.pi, np.pi, 720, endpoint=False)
@@ -231,25 +230,28 @@ class DDPM:
         return (weight * (prediction - target) ** 2).mean()
 
     @torch.no_grad()
-    def sample(self, net, shape, *condition, steps=50, generator, clip=(-math.inf, math.inf)):
-        """Samples by DDIM with eta = 1 (Song et al. 2021, Eq. 12 and 16); clip: bounds of x_0."""
+    def sample(self, net, shape, *condition, steps=10, generator, clip=(-math.inf, math.inf)):
+        """Samples by DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2); clip: bounds of x_0."""
         x = torch.randn(shape, generator=generator, device=generator.device)
-        times = torch.linspace(self.T - 1, 0, min(steps, self.T)).round().long().tolist()
-        for step, next_step in zip(times, times[1:] + [None], strict=True):
-            t = torch.full(shape[:1], step, device=x.device)
-            alpha, sigma = self.scales(t, x)
-            prediction = net(x, t, *condition).float()
-            x0 = alpha * x - sigma * prediction
+        # steps lie densest where the noise is strong, and at its end, where it is as fine as grain
+        turn = torch.linspace(0, 0.9 * math.pi, steps)
+        times = ((self.T - 1) * (0.5 + 0.5 * turn.cos())).round().long().unique().flip(0)
+        alpha = self.alpha_bar[times].sqrt()                            # (steps,)
+        sigma = (1 - self.alpha_bar[times]).sqrt()
+        width = (alpha / sigma).log().diff()                            # h_i of the paper
+        slope = F.pad(width[1:] / width[:-1] / 2, (1, 0))               # 1 / 2r_i, at first 0
+        x0_before = x
+        for i, step in enumerate(times):
+            prediction = net(x, step.expand(len(x)).to(x.device), *condition).float()
+            x0 = alpha[i] * x - sigma[i] * prediction
             if self.predict == "eps":
-                x0 = (x - sigma * prediction) / alpha
+                x0 = (x - sigma[i] * prediction) / alpha[i]
             x0 = x0.clamp(*clip)
-            if next_step is None:
-                return x0                                               # without new noise
-            eps = (x - alpha * x0) / sigma                              # the noise that x0 implies
-            alpha_next, sigma_next = self.scales(torch.full_like(t, next_step), x)
-            std = sigma_next / sigma * (1 - (alpha / alpha_next) ** 2).clamp(min=0).sqrt()
-            x = alpha_next * x0 + (sigma_next ** 2 - std ** 2).clamp(min=0).sqrt() * eps
-            x = x + std * torch.randn(shape, generator=generator, device=x.device)
+            if i + 1 == len(times):
+                return x0
+            target = x0 + slope[i] * (x0 - x0_before)                   # D_i: where x0 is heading
+            x = sigma[i + 1] / sigma[i] * x + alpha[i + 1] * (1 - (-width[i]).exp()) * target
+            x0_before = x0
 
 # ---- Training -----------------------------------------------------------------------------------
 def build(config, device="cpu"):
@@ -262,9 +264,7 @@ def train(dataset, out="points.pt", attribute="race", group: str = None, width=9
           schedule: Literal["cosine", "linear"] = "cosine", steps=2800, batch=16, lr=2e-3, seed=0,
           device="auto"):
     """Train on the clouds of all groups or, as the paper does, of one group alone.
-
-    width: channels, even; latent: numbers in z; points: how many of the 512 each step takes.
-    """
+    width: channels, even; latent: numbers in z; points: how many of the 512 each step takes."""
     config = locals() | {"kind": "points"}
     device, world = setup(device)
     data = load_set(dataset)
@@ -304,15 +304,12 @@ def train(dataset, out="points.pt", attribute="race", group: str = None, width=9
         run.update(loss)
     run.ema.fit_prior(x, code)                                          # in place of N(0, I)
     run.save()
-    print(f"points: loss {np.mean(run.losses[-5:], 0)[1]:.4f} after {steps} steps")
 
 # ---- Sampling -----------------------------------------------------------------------------------
 def sample(checkpoint, out="masks.npz", group: str = None, n: int = None, size: int = None,
-           steps=32, keep_invalid=False, seed=0, device="auto"):
+           steps=16, keep_invalid=False, seed=0, device="auto"):
     """Sample n masks, with black images, of one group or of all; default: enough for Equal Scale.
-
-    size: pixels a side, by default as trained; keep_invalid: for models that are hardly trained.
-    """
+    size: pixels a side, by default as trained; keep_invalid: for models that are hardly trained."""
     device, _ = setup(device)
     state = load_checkpoint(checkpoint, ("points",))
     config = state["config"]
@@ -378,13 +375,8 @@ def evaluate(masks, train, test, out="masks.csv", attribute="race"):
                           *map("{:.4g}".format, distance.values())])
     heads = ["group", "masks", "cup/disc", "its SD", *distance]
     print_table("sampled masks beside test masks", heads, lines)
-    with replacing(out) as path, open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([heads, *lines])
+    save_csv(out, [heads, *lines])
 
 # ---- Command line -------------------------------------------------------------------------------
-def main(argv=None):
-    """The command line; returns the exit code."""
-    return command_line(argv, train, sample, evaluate)
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line(train, sample, evaluate))

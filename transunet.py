@@ -194,9 +194,7 @@ class TransUNet(nn.Module):
                     key = re.sub(ours, theirs, key)
                 value = torch.as_tensor(file[key])
                 if name == "position":
-                    side = math.isqrt(value.shape[1])                   # (1, 1 + side ** 2, D)
-                    value = value[:, 1:].transpose(1, 2).reshape(1, -1, side, side)
-                    value = F.interpolate(value, shape[2:], mode="bilinear", align_corners=True)
+                    value = value[:, 1:].transpose(1, 2)                # (1, D, 14 * 14)
                 elif len(shape) == 4:
                     value = value.permute(3, 2, 0, 1)                   # HWIO -> OIHW
                 elif len(shape) == 2:
@@ -226,10 +224,8 @@ def group_means(values, group, n_groups):
 
 def groupdro_loss(losses, group, q, rate):
     """GroupDRO (Sagawa et al. 2020, Algorithm 1) of losses (B,) and weights q (G,): loss, new q.
-
     Batches draw the groups equally often, as published. A group that is not in the batch keeps its
-    q, where the published code lets it decay; unknown images weigh 1.
-    """
+    q, where the published code lets it decay; unknown images weigh 1."""
     mean, count = group_means(losses, group, len(q))
     present = (count > 0).to(q.dtype)
     grown = present * q * (rate * mean.detach()).exp()
@@ -240,7 +236,6 @@ def groupdro_loss(losses, group, q, rate):
 
 def fairseg_loss(logits, mask, group, n_groups, gamma):
     """FairSeg's error-bound scaling (Tian et al. 2024): cross-entropy and a Dice of scaled p.
-
     Only groups in the batch are compared; in the published code an absent one makes all scales 0.
     """
     logits = logits.float()
@@ -303,10 +298,8 @@ def train(dataset, out="seg.pt", method: Literal[METHODS] = "plain", strength=1.
           attribute="race", optimizer: Literal["adamw", "sgd"] = "adamw", width=16, base=False,
           weights: str = None, steps=1120, batch=8, lr: float = None, seed=0, device="auto"):
     """Train a TransUNet; every method takes the same number of optimizer steps.
-
     strength: of adv, groupdro or fairseg; width: channels of the compact network's first layer;
-    base: the published R50-ViT-B/16; weights: its R50+ViT-B_16.npz.
-    """
+    base: the published R50-ViT-B/16; weights: its R50+ViT-B_16.npz."""
     config = locals() | {"kind": "transunet"}           # all the settings above
     device, world = setup(device)
     data = load_set(dataset)
@@ -348,7 +341,6 @@ def train(dataset, out="seg.pt", method: Literal[METHODS] = "plain", strength=1.
         loss.backward()
         updater.step()
         run.update(loss)
-    print(f"{method}: loss {np.mean(run.losses[-5:], 0)[1]:.4f} after {steps} steps")
     pred = predict_masks(run.ema, data["image"][:8], device)
     pictures = [data["image"][:8], 127 * data["mask"][:8], 127 * pred]
     save_grid(f"{out}.png", pictures, ["image", "truth", "predicted"])
@@ -381,9 +373,5 @@ def predict(checkpoint, dataset, out="pred.npz", device="auto"):
     print(f"{out}: {len(pred)} predictions")
 
 # ---- Command line -------------------------------------------------------------------------------
-def main(argv=None):
-    """The command line; returns the exit code."""
-    return command_line(argv, train, predict)
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line(train, predict))

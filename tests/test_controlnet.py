@@ -5,6 +5,7 @@ import csv
 import numpy as np
 import pytest
 import torch
+from conftest import run
 from test_pointdiff import break_and_continue
 
 import controlnet
@@ -51,14 +52,14 @@ TRAIN = ["--batch", "4", "--steps", "2", "--out"]
 def test_from_base_to_evaluation(set_file, phantom, tmp_path, capsys):
     """Every command on a tiny phantom; a sampled set keeps masks, names and groups, and depends on the seed alone."""
     judge, base, control, one = (str(tmp_path / f"{name}.pt") for name in ("judge", "base", "control", "one"))
-    assert transunet.main(["train", set_file, "--width", "8", *TRAIN, judge]) == 0
-    assert controlnet.main(["train-base", set_file, "--width", "8", *TRAIN, base]) == 0
-    assert controlnet.main(["train-control", set_file, base, *TRAIN, control]) == 0
-    assert controlnet.main(["train-control", set_file, base, "--group", "White", *TRAIN, one]) == 0
+    assert run(transunet, ["train", set_file, "--width", "8", *TRAIN, judge]) == 0
+    assert run(controlnet, ["train-base", set_file, "--width", "8", *TRAIN, base]) == 0
+    assert run(controlnet, ["train-control", set_file, base, *TRAIN, control]) == 0
+    assert run(controlnet, ["train-control", set_file, base, "--group", "White", *TRAIN, one]) == 0
     images = {}
     for name, argv in {"a": [control], "b": [control], "c": [control, "--seed=1"], "d": [base], "e": [one]}.items():
         out = str(tmp_path / f"{name}.npz")
-        assert controlnet.main(["sample", *argv, set_file, "--steps", "2", "--out", out]) == 0
+        assert run(controlnet, ["sample", *argv, set_file, "--steps", "2", "--out", out]) == 0
         data = fairdiff.load_set(out)
         data["name"] = np.array([name.rpartition("-")[0] for name in data["name"].tolist()])
         names = data["name"].tolist()
@@ -71,7 +72,7 @@ def test_from_base_to_evaluation(set_file, phantom, tmp_path, capsys):
     assert len({images[name].tobytes() for name in "acde"}) == 4
     assert len(np.unique(images["a"], axis=0)) == 60                    # each has noise of its own
     sets, out = [f"control={tmp_path}/a.npz", f"copy={set_file}"], tmp_path / "table1.csv"
-    assert controlnet.main(["evaluate", judge, set_file, set_file, *sets, "--out", str(out)]) == 0
+    assert run(controlnet, ["evaluate", judge, set_file, set_file, *sets, "--out", str(out)]) == 0
     table = csv.DictReader(out.read_text().splitlines())
     memorised = {row["images"]: float(row["memorised"]) for row in table}
     assert list(memorised) == ["real", "control", "copy"] and memorised["control"] < memorised["copy"] == 1
@@ -79,13 +80,13 @@ def test_from_base_to_evaluation(set_file, phantom, tmp_path, capsys):
 def test_killed_and_continued_equals_unbroken(set_file, tmp_path, monkeypatch):
     """Base and ControlNet, interrupted after a checkpoint and run again, end bit for bit as without the break."""
     argv = ["train-base", set_file, "--width", "8", "--batch", "4"]
-    base = break_and_continue(controlnet.main, argv, DDPM, "loss", tmp_path / "base", monkeypatch)
+    base = break_and_continue(controlnet, argv, DDPM, "loss", tmp_path / "base", monkeypatch)
     argv = ["train-control", set_file, base, "--batch", "4"]
-    break_and_continue(controlnet.main, argv, DDPM, "loss", tmp_path / "control", monkeypatch)
+    break_and_continue(controlnet, argv, DDPM, "loss", tmp_path / "control", monkeypatch)
 
 def test_sides_that_do_not_fit(tmp_path, capsys):
     """36 px cannot be halved three times: exit code 2 and one line."""
     fairdiff.save_set(tmp_path / "set.npz", fairdiff.make_phantom(4, 36, seed=0))
-    assert controlnet.main(["train-base", str(tmp_path / "set.npz"), *TRAIN, str(tmp_path / "base.pt")]) == 2
+    assert run(controlnet, ["train-base", str(tmp_path / "set.npz"), *TRAIN, str(tmp_path / "base.pt")]) == 2
     line, = capsys.readouterr().err.splitlines()
     assert "36" in line and "divisible by 8" in line

@@ -1,9 +1,8 @@
 """fairdiff.py: Equal Scale, the dataset file, the phantom, import and export."""
 import os
 import pathlib
-import subprocess
-import sys
 
+import conftest
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,7 +14,7 @@ EYE = ((x - 23) ** 2 + (y - 25) ** 2 < 150).astype(np.uint8) + ((x - 22) ** 2 + 
 COUNT = ["Asian"] * 4 + ["Black"] * 6 + ["White"] * 20 + [""]
 
 def run(*line):
-    return fairdiff.main([str(word) for word in line])
+    return conftest.run(fairdiff, line)
 
 def tiny(column, synthetic=False, **more):
     """A dataset of 8 x 8 images, all different, with a column race."""
@@ -291,13 +290,3 @@ def test_lists_split_fairseg_and_broken_links_count_as_damaged(here, capsys):
     assert run("fairseg", "f") == 2 and "both" in capsys.readouterr().err.splitlines()[-1]
     pathlib.Path("f/test.txt").write_text("data_00001\ndata_00002\n")
     assert run("fairseg", "f") == 0 and [[n[-1] for n in names(p)] for p in ("train", "test")] == [[*"34"], [*"12"]]
-
-@pytest.mark.parametrize("command", ["phantom --train 12 --test 12 --size 32", "split own.npz"])
-def test_a_closed_pipe_and_an_ascii_terminal_do_no_harm(here, command):
-    """`... | head`, which stops reading, and letters that a terminal lacks: no traceback, and the files are there."""
-    fairdiff.save_set("own.npz", tiny(["\u00c5s", "\u7720"] * 10))
-    for pipe, more in (("| head -n 0", {"PYTHONUNBUFFERED": "1"}), ("", {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"})):
-        script = f'"{sys.executable}" "{os.path.abspath(fairdiff.__file__)}" {command} --out "o{pipe}" {pipe}'
-        done = subprocess.run(["bash", "-c", script], env=os.environ | more, capture_output=True, text=True)
-        assert "Traceback" not in done.stderr and "Error" not in done.stderr, done.stderr
-        assert [os.path.exists(f"o{pipe}/{part}.npz") for part in ("train", "test")] == [True, True]

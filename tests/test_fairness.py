@@ -5,6 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 import scipy.linalg
+from conftest import run
 from scipy.spatial.distance import cdist
 
 import fairdiff
@@ -164,7 +165,7 @@ def files(tmp_path, monkeypatch, phantom):
 
 def run_table(*args):
     """Run the command; its CSV as {(method, seed, structure, metric, group): (n, value, lo, hi)}."""
-    assert fairness.main(["table", "set.npz", *args, "--out", "deep/results.csv"]) == 0
+    assert run(fairness, ["table", "set.npz", *args, "--out", "deep/results.csv"]) == 0
     table = csv.DictReader(pathlib.Path("deep/results.csv").read_text().splitlines())
     return {tuple(row[key] for key in ("method", "seed", "structure", "metric", "group")):
             [float(row[key]) for key in ("n", "value", "lo", "hi")] for row in table}
@@ -192,6 +193,6 @@ def test_table_of_a_single_structure_and_of_other_images(files, capsys):
     assert "structure, by race" in capsys.readouterr().out
     for data in (fairdiff.subset(files, np.arange(59)), files | {"name": files["name"][::-1]}):
         fairdiff.save_set("other.npz", data)
-        assert fairness.main(["table", "set.npz", "a=other.npz"]) == 2
+        assert run(fairness, ["table", "set.npz", "a=other.npz"]) == 2
         line, = capsys.readouterr().err.splitlines()
         assert "other.npz" in line

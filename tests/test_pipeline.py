@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from conftest import run
 
 import controlnet
 import fairdiff
@@ -41,18 +42,18 @@ def start(folder, python="real", **settings):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(["bash", "train.sh"], cwd=folder, env=env, start_new_session=True, **pipes)
 
-def kill(run):
+def kill(process):
     """SIGKILL for train.sh and all that it started."""
     for pid in [int(name) for name in os.listdir("/proc") if name.isdecimal()] * 2:
         with contextlib.suppress(ProcessLookupError):
-            if os.getsid(pid) == run.pid:
+            if os.getsid(pid) == process.pid:
                 os.kill(pid, signal.SIGKILL)
-    run.communicate()
+    process.communicate()
 
 def train(folder, python="real", **settings):
-    run = start(folder, python, **settings)
-    out_and_err = run.communicate()
-    return run.returncode, *out_and_err
+    process = start(folder, python, **settings)
+    out_and_err = process.communicate()
+    return process.returncode, *out_and_err
 
 def results(folder, **where):
     with open(folder / "results.csv", encoding="utf-8") as file:
@@ -116,11 +117,11 @@ def test_a_killed_run_ends_like_an_unbroken_one(copy, smoke):
     for path in list((copy / "killed").rglob("*")):
         if re.match("synthetic-all|mix|equal-0|predict-equal|table-|results", path.name):      # as if not yet begun
             path.unlink()
-    run = start(copy, OUT="killed")
-    while not (copy / "killed/log/equal-0.txt").exists() and run.poll() is None:
+    process = start(copy, OUT="killed")
+    while not (copy / "killed/log/equal-0.txt").exists() and process.poll() is None:
         time.sleep(0.05)
-    kill(run)
-    assert run.returncode == -signal.SIGKILL and not (copy / "killed/equal-0.pt").exists()
+    kill(process)
+    assert process.returncode == -signal.SIGKILL and not (copy / "killed/equal-0.pt").exists()
     code, out, _ = train(copy, OUT="killed")
     assert code == 0 and "== mix: done" in out and "== equal-0: done" not in out
     assert (copy / "killed/results.csv").read_bytes() == (smoke[0] / "results.csv").read_bytes()
@@ -155,11 +156,11 @@ def test_a_small_set_of_ones_own_reaches_its_table(copy):
 def test_fairseg_files_a_failing_stage_and_a_new_file(copy, phantom):
     """A folder of FairSeg files is imported; a stage that fails ends the run without a table; a new file is noticed."""
     fairdiff.save_set(copy / "set.npz", {key: array[:40] for key, array in phantom.items()})
-    assert fairdiff.main(["export", str(copy / "set.npz"), str(copy / "files")]) == 0
+    assert run(fairdiff, ["export", str(copy / "set.npz"), str(copy / "files")]) == 0
     (copy / "seg/base.pt").mkdir(parents=True)                          # in the way of a checkpoint
-    run = start(copy, DATA="files", OUT="seg", METHODS="plain")
-    assert run.wait() not in (0, -signal.SIGKILL)
-    kill(run)
+    process = start(copy, DATA="files", OUT="seg", METHODS="plain")
+    assert process.wait() not in (0, -signal.SIGKILL)
+    kill(process)
     assert not (copy / "seg/results.csv").exists() and not (copy / "seg/log/base.done").exists()
     data = [fairdiff.load_set(copy / f"seg/data/{part}.npz") for part in ("train", "test")]
     assert sum(len(part["name"]) for part in data) == 40 and set(data[0]["race"]) == {"Asian", "Black", "White"}
@@ -181,8 +182,8 @@ COMMANDS = {fairdiff: "phantom, fairseg a, images a b c, split a, export a b, mi
 def test_help_and_unknown_options(module, line, capsys):
     """Every command explains itself; an option that it does not know is exit code 2 and one line."""
     with pytest.raises(SystemExit, match="^0$"):
-        module.main([line.split()[0], "--help"])
+        run(module, [line.split()[0], "--help"])
     assert "usage" in capsys.readouterr().out
-    assert module.main([*line.split(), "--nonsense"]) == 2
+    assert run(module, [*line.split(), "--nonsense"]) == 2
     error = capsys.readouterr().err
     assert "--nonsense" in error and error.count("\n") == 1

@@ -4,6 +4,7 @@ import csv
 import numpy as np
 import pytest
 import torch
+from conftest import run
 
 import fairdiff
 import pointdiff
@@ -103,7 +104,7 @@ def test_noise_has_the_stated_variance(ddpm):
         assert x.mean().item() == pytest.approx(2 * a[t].sqrt().item(), abs=0.04)   # 5 standard errors
         assert x.var().item() == pytest.approx(1 - a[t].item(), rel=0.05, abs=1e-6)
 
-def break_and_continue(main, argv, owner, name, tmp_path, monkeypatch):
+def break_and_continue(module, argv, owner, name, tmp_path, monkeypatch):
     """Train unbroken; then with Ctrl-C in step 6, a call of owner.name, and again: the same bits. Returns a path."""
     whole, broken = str(tmp_path / "whole.pt"), str(tmp_path / "broken.pt")
     real, calls = getattr(owner, name), []
@@ -115,7 +116,7 @@ def break_and_continue(main, argv, owner, name, tmp_path, monkeypatch):
         return real(*args, **kwargs)
     monkeypatch.setattr(fairdiff, "SAVE_EVERY", 4)
     monkeypatch.setattr(owner, name, interrupted)
-    codes = [main([*argv, "--steps", "8", "--out", path]) for path in (whole, broken, broken)]
+    codes = [run(module, [*argv, "--steps", "8", "--out", path]) for path in (whole, broken, broken)]
     assert codes == [0, 130, 0] and len(calls) == 8 + 6 + 4             # it goes on after step 4
     a, b = map(fairdiff.load_checkpoint, (whole, broken))
     assert all(torch.equal(a[part][key], b[part][key]) for part in ("model", "ema") for key in a[part])
@@ -126,28 +127,28 @@ TRAIN = ["--batch", "4", "--width", "8", "--points", "64"]
 def test_killed_and_continued_equals_unbroken(set_file, tmp_path, monkeypatch, capsys):
     """Interrupted after a checkpoint and run again, training ends bit for bit as without; other settings: exit 2."""
     argv = ["train", set_file, *TRAIN]
-    path = break_and_continue(pointdiff.main, argv, DDPM, "loss", tmp_path, monkeypatch)
-    assert pointdiff.main([*argv, "--steps", "8", "--out", path, "--lr", "0.5"]) == 2
+    path = break_and_continue(pointdiff, argv, DDPM, "loss", tmp_path, monkeypatch)
+    assert run(pointdiff, [*argv, "--steps", "8", "--out", path, "--lr", "0.5"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "lr" in line and "0.002" in line and "0.5" in line
 
 def test_sample_writes_a_set_of_masks(set_file, tmp_path, capsys):
     """n masks of every group, or of one, with its name; clouds of a model that knows nothing are refused."""
     points, out = str(tmp_path / "points.pt"), str(tmp_path / "masks.npz")
-    assert pointdiff.main(["train", set_file, *TRAIN, "--steps", "2", "--out", points]) == 0
+    assert run(pointdiff, ["train", set_file, *TRAIN, "--steps", "2", "--out", points]) == 0
     draw = ["sample", points, "--steps", "3", "--n", "5", "--out", out]
-    assert pointdiff.main(draw) == 2 and not (tmp_path / "masks.npz").exists()
+    assert run(pointdiff, draw) == 2 and not (tmp_path / "masks.npz").exists()
     assert "valid" in capsys.readouterr().err.splitlines()[-1]
     for argv, groups, n, side in (([], ["Asian", "Black", "White"], 5, 32),
                                   (["--group", "Black", "--size", "48", "--n", "200"], ["Black"], 200, 48)):
-        assert pointdiff.main([*draw, "--keep-invalid", *argv]) == 0
+        assert run(pointdiff, [*draw, "--keep-invalid", *argv]) == 0
         data = fairdiff.load_set(out)
         assert data["race"].tolist() == [name for name in groups for _ in range(n)]
         assert data["synthetic"].all() and not data["image"].any()
         assert np.unique(data["mask"], axis=0).shape == (n * len(groups), side, side)      # all differ
-    assert pointdiff.main([*draw, "--group", "Nobody"]) == 2
-    assert pointdiff.main(["train", set_file, *TRAIN, "--steps", "2", "--lr", "0.1", "--out", f"{out}.pt"]) == 0
-    assert pointdiff.main([draw[0], f"{out}.pt", *draw[2:], "--keep-invalid", *argv]) == 0
+    assert run(pointdiff, [*draw, "--group", "Nobody"]) == 2
+    assert run(pointdiff, ["train", set_file, *TRAIN, "--steps", "2", "--lr", "0.1", "--out", f"{out}.pt"]) == 0
+    assert run(pointdiff, [draw[0], f"{out}.pt", *draw[2:], "--keep-invalid", *argv]) == 0
     assert not np.array_equal(fairdiff.load_set(out)["mask"], data["mask"])         # the weights matter
 
 def test_evaluate_compares_masks_group_by_group(set_file, phantom, tmp_path, capsys):
@@ -156,7 +157,7 @@ def test_evaluate_compares_masks_group_by_group(set_file, phantom, tmp_path, cap
     rows = np.concatenate([np.flatnonzero(phantom["race"] == name)[:n] for name, n in (("Black", 2), ("White", 20))])
     for n, groups in ((22, ["White", "White"]), (2, [])):
         fairdiff.save_set(few, fairdiff.subset(phantom, rows[:n]))
-        assert pointdiff.main(["evaluate", few, set_file, set_file, "--out", str(out)]) == 0
+        assert run(pointdiff, ["evaluate", few, set_file, set_file, "--out", str(out)]) == 0
         table = list(csv.DictReader(out.read_text().splitlines()))
         assert [row["group"] for row in table] == groups and all(float(row["memorised"]) == 1 for row in table[:1])
         assert "Black" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import run
 
 import fairdiff
 import transunet
@@ -53,7 +54,7 @@ def test_the_table_has_all_rows(phantom, tmp_path, monkeypatch):
     for name in ("data/train", "data/test", "masks-all", "base-alone", "real-masks-all", "synthetic-all"):
         fairdiff.save_set(tmp_path / f"{name}.npz", phantom)
     train = ["train", str(tmp_path / "data/train.npz"), "--steps", "2", "--batch", "4", "--width", "8"]
-    assert transunet.main([*train, "--out", str(tmp_path / "judge-1000.pt")]) == 0
+    assert run(transunet, [*train, "--out", str(tmp_path / "judge-1000.pt")]) == 0
     argv = ["--run", str(tmp_path), "--out", str(tmp_path / "t"), "--steps", "3", "--csv", str(tmp_path / "t.csv")]
     assert table1.main([*argv, "--seeds"]) == 0
     rows = [row["images"] for row in csv.DictReader((tmp_path / "t.csv").read_text().splitlines())]

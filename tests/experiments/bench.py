@@ -1,8 +1,9 @@
 """Speed of every part, as a table: python tests/experiments/bench.py [--base]
 
-Every row is the work as the project does it: bf16 where the hardware multiplies it, channels-last, a batch of the
-scale that runs here (cpu, or gpu where CUDA works). GFLOP/s are counted by torch and compared with a matrix product
-measured in the same run. Nothing is asserted: timings depend on the machine. OMP_NUM_THREADS=1 shows one core.
+Every row is the work as the project does it: bf16 where the hardware multiplies it, a batch of the scale that runs
+here (cpu, or gpu where CUDA works). Its GFLOP/s, counted by torch, are compared with a matrix product in the same run,
+and its time with the same work in fp32. Nothing is asserted: timings depend on the machine. OMP_NUM_THREADS=1 shows
+one core, as the rows of train.sh have at SCALE=cpu.
 """
 import argparse
 import pathlib
@@ -30,6 +31,10 @@ def seconds(work, device, repeat=8):
         times.append(time.perf_counter() - started)
     return float(np.median(times[2:]))
 
+def fp32(device):
+    """What fairdiff.autocast is replaced with for the comparison."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=False)
+
 def main():
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -41,14 +46,20 @@ def main():
         a = torch.randn(2048, 2048, device=device)
         peak = 2 * 2048 ** 3 / seconds(lambda: a @ a, device, 3) / 1e9
     print(f"{device}, {torch.get_num_threads()} threads, matrix product {peak:.0f} GFLOP/s")
-    print(f"{'work':<40}{'a second':>10}{'ms':>10}{'of peak':>9}")
+    print(f"{'work':<40}{'a second':>10}{'ms':>10}{'of peak':>9}{'x fp32':>9}")
+    mixed = fairdiff.autocast
 
     def row(name, items, work):
         with FlopCounterMode(display=False) as flops:
             work()
         s = seconds(work, device)
         share = flops.get_total_flops() / s / 1e9 / peak
-        print(f"{name:<40}{items / s:>10.1f}{1000 * s:>10.1f}{share:>9.1%}", flush=True)
+        for module in (fairdiff, controlnet, transunet):
+            module.autocast = fp32
+        speedup = seconds(work, device) / s
+        for module in (fairdiff, controlnet, transunet):
+            module.autocast = mixed
+        print(f"{name:<40}{items / s:>10.1f}{1000 * s:>10.1f}{share:>9.1%}{speedup:>9.2f}", flush=True)
 
     def training(name, items, net, loss):
         net = net.to(device)
@@ -72,8 +83,8 @@ def main():
     training("PointNet, step of 32 x 256 points", 32, pointdiff.PointNet(3),
              lambda net: ddpm.loss(net, x, group, net.encode(x)[0]))
     net = pointdiff.PointNet(3).to(device)
-    row("PointNet, sampling 32 clouds, 32 steps", 32, lambda: ddpm.sample(
-        net, (32, 256, 3), group, steps=32, generator=torch.Generator(device)))
+    row("PointNet, sampling 32 clouds, 16 steps", 32, lambda: ddpm.sample(
+        net, (32, 256, 3), group, steps=16, generator=torch.Generator(device)))
     image, group = torch.randn(batch, 1, size, size, device=device), group.repeat(2)[:batch]
     mask = torch.as_tensor(masks, device=device).long()
     training(f"UNet, step of {batch}, {size} px", batch, controlnet.UNet(3), lambda net: ddpm.loss(net, image, group))
@@ -81,7 +92,7 @@ def main():
              lambda net: ddpm.loss(net, image, group, mask))
     net = controlnet.ControlNet(controlnet.UNet(3)).to(device)
     config = {"kind": "control", "mean": 100.0, "std": 40.0}
-    row(f"ControlNet, sampling {batch}, 10 steps", batch, lambda: controlnet.sample_images(
+    row(f"ControlNet, sampling {batch}, 8 steps", batch, lambda: controlnet.sample_images(
         net, ddpm, config, np.zeros(batch, int), masks, device))
     training(f"TransUNet compact, step of {batch}, {size} px", batch, transunet.TransUNet(),
              lambda net: transunet.seg_loss(net(image), mask))

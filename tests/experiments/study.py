@@ -4,7 +4,7 @@
 
 One cell is one run of train.sh with METHODS=all, and four more TransUNets: the losses of GroupDRO and FairSeg without
 their groups, and the attribution: masks or images generated, the other half from the phantom. About 16 minutes a cell
-on two cores; what is in study.csv is not made again. Writes study.csv and study.png beside this file.
+on two cores; what is in study.csv is not made again. Writes study.csv beside this file and assets/study.svg.
 Seeds 10, 11 and 12 are for choices, seeds 0 to 4 are reported. All of it is made on the phantom.
 """
 import argparse
@@ -32,6 +32,7 @@ MORE = {
     "generated images": ("painted.npz", ""),                            # over fresh real masks
 }
 
+COLOURS = {"oversample": "#888", "groupdro": "#b80", "no-points": "#2a8", "equal": "#06c", "balanced": "#a3c"}
 SCALE = os.environ.get("SCALE", "cpu")
 STEPS = {"smoke": "10", "cpu": "1120"}                  # as in train.sh
 
@@ -105,28 +106,51 @@ def interval(values):
     half = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
     return values.mean(), half
 
+def share(table, rare, row, measure):
+    """Share of the way from plain to the oracle that a row closes, one for each seed that has it."""
+    seeds = [key[1] for key in table if key[0] == rare and key[2:] == (row, measure)]
+    value, low, high = (np.array([table[rare, s, r, measure] for s in seeds]) for r in (row, "plain", "oracle"))
+    return (value - low) / (high - low)
+
 def summary(table):
     """Print, for every number of rare patients, the rows with their share of the way from plain to the oracle."""
     for rare in sorted({key[0] for key in table}):
-        seeds = sorted({key[1] for key in table if key[0] == rare})
-        rows = dict.fromkeys(key[2] for key in table if key[0] == rare and key[3] == "worst")
         lines = []
-        for row in rows:
-            own = [seed for seed in seeds if (rare, seed, row, "worst") in table]
-            line = [row, str(len(own))]
+        for row in dict.fromkeys(key[2] for key in table if key[0] == rare and key[3] == "worst"):
+            seeds = [key[1] for key in table if key[0] == rare and key[2:] == (row, "worst")]
+            line = [row, str(len(seeds))]
             for name in ("overall", "worst", "gap"):
-                mean, half = interval([table[rare, seed, row, name] for seed in own])
-                line.append(f"{mean:.4f} ± {half:.4f}")
+                line.append("{:.4f} ± {:.4f}".format(*interval([table[rare, s, row, name] for s in seeds])))
             for name in ("worst", "es"):
-                lo, hi = (np.array([table[rare, seed, r, name] for seed in own]) for r in ("plain", "oracle"))
-                value = np.array([table[rare, seed, row, name] for seed in own])
-                mean, half = interval((value - lo) / (hi - lo))
-                line.append(f"{mean:.0%} ± {half:.0%}")
-            mean, half = interval([table[rare, s, row, "worst"] - table[rare, s, "oversample", "worst"] for s in own])
-            lines.append([*line, f"{mean:+.4f} ± {half:.4f}"])
+                line.append("{:.0%} ± {:.0%}".format(*interval(share(table, rare, row, name))))
+            gain = [table[rare, s, row, "worst"] - table[rare, s, "oversample", "worst"] for s in seeds]
+            lines.append([*line, "{:+.4f} ± {:.4f}".format(*interval(gain))])
         heads = ["trained on", "seeds", "all patients", "worst group", "gap", "share, worst", "share, ES",
                  "worst - oversample"]
         fairness.print_table(f"{rare} rare images, phantom, 95 % intervals over seeds", heads, lines)
+
+def chart(table, path):
+    """Write an SVG of the share that each method closes, by number of rare patients, with intervals over seeds."""
+    counts = sorted({key[0] for key in table})
+    text = ["<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 720 380' font-family='sans-serif' font-size='13'>",
+            "<rect width='720' height='380' fill='white'/><text x='10' y='20'>Share of the distance from plain to the "
+            "oracle that is closed in the worst group (phantom)</text>"]
+    for percent in (0, 25, 50, 75, 100):
+        y = 340 - 2.8 * percent
+        text.append(f"<path d='M50 {y}H560' stroke='#ddd'/><text x='10' y='{y + 4}'>{percent} %</text>")
+    for i, rare in enumerate(counts):
+        text.append(f"<text x='{90 + 170 * i}' y='365'>{rare} rare images</text>")
+    for k, (row, colour) in enumerate(COLOURS.items()):
+        points = []
+        for i, rare in enumerate(counts):
+            mean, half = interval(share(table, rare, row, "worst"))
+            x, y, size = 110 + 170 * i + 10 * k, 340 - 280 * mean, 280 * half
+            points.append(f"{x},{y:.1f}")
+            text.append(f"<path d='M{x} {y - size:.1f}V{y + size:.1f}' stroke='{colour}' stroke-width='2'/>"
+                        f"<circle cx='{x}' cy='{y:.1f}' r='4' fill='{colour}'/>")
+        text.append(f"<polyline points='{' '.join(points)}' fill='none' stroke='{colour}'/>"
+                    f"<text x='580' y='{80 + 24 * k}' fill='{colour}'>{row}</text>")
+    pathlib.Path(path).write_text("\n".join([*text, "</svg>\n"]), encoding="utf-8")
 
 def main():
     parser = argparse.ArgumentParser()
@@ -150,6 +174,7 @@ def main():
                 csv.writer(file).writerows([["rare", "seed", "row", "measure", "value"],
                                             *([*key, f"{value:.6f}"] for key, value in sorted(table.items()))])
     summary(table)
+    chart(table, HERE.parent.parent / "assets/study.svg")
 
 if __name__ == "__main__":
     main()
