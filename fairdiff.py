@@ -252,11 +252,9 @@ def to_grey(array):
     array = np.squeeze(array)
     if array.ndim == 3 and array.shape[0] == 3:
         array = np.moveaxis(array, 0, 2)
-    if array.dtype.kind in "bf" and array.max() <= 1:
-        array = array * 255.0
-    if array.max() > 255:                                               # 16 bits
-        array = array / 257.0
-    array = array.clip(0, 255).astype(np.uint8)
+    white = 65535 if array.max() > 255 else 255
+    white = 1 if array.dtype.kind in "bf" and array.max() <= 1 else white
+    array = (array * (255.0 / white)).clip(0, 255).astype(np.uint8)
     return np.asarray(Image.fromarray(array[..., :3]).convert("L")) if array.ndim == 3 else array
 
 def crop_and_resize(image, mask, crop, size):
@@ -301,11 +299,11 @@ def save_parts(out, attribute, **parts):
     """Write sets and pictures of them into the folder `out`, say what they hold, warn if odd."""
     group_codes(parts["train"], attribute)              # InputError before anything is written
     for part, data in parts.items():
-        path = f"{out}/{part}.npz"
-        save_set(path, data)
-        save_group_grid(f"{path}.png", data, attribute)
+        save_set(f"{out}/{part}.npz", data)
+        save_group_grid(f"{out}/{part}.npz.png", data, attribute)
+    for part, data in parts.items():
         mask = data["mask"]
-        print(f"{path}: {len(mask)} images, labels {np.unique(mask)}, "
+        print(f"{out}/{part}.npz: {len(mask)} images, labels {np.unique(mask)}, "
               f"{len(mask) - (mask == 2).any((1, 2)).sum()} masks without cup")
         for key in group_columns(data):
             counts = zip(*np.unique(data[key], return_counts=True), strict=True)
@@ -380,7 +378,6 @@ def fairseg(folder, out="data", size=64, crop: number_or_disc = 512, split: list
         age = age / 365.25 if age > 150 else age        # one release counts days
         groups["age"] = "" if not age > 0 else "<60" if age < 60 else ">=60"
         return image[0], mask[0], groups                # -1 or 1 rim, -2 or 2 cup
-
     data = import_all(paths, read, [0, 1, 2], size, crop, skip_bad)
     if np.isin(data["race"], ("code 3", "code 7")).any():               # a book with codes 2, 3, 7
         book = {"White": "Asian", "code 3": "Black", "code 7": "White"}
@@ -407,7 +404,6 @@ def images(images, masks, groups, out="data", size=64, crop: number_or_disc = 51
         image = image[..., 1] if channel == "green" else to_grey(image)
         mask = mask.convert("L") if mask.mode.startswith("RGB") else mask
         return image, np.asarray(mask), dict(list(table[name].items())[1:])
-
     print(f"{len(pictures)} pictures, {len(table)} rows in {groups}")
     labels = [int(value) for value in re.findall(r"\d+", labels)]
     data = import_all(list(table), read, labels, size, crop, skip_bad)
@@ -695,8 +691,7 @@ def mix(real, synthetic: list, out="mixed.npz", attribute="race", target: number
     real, synthetic = load_set(real), concatenate(*map(load_set, synthetic))
     mixed = equal_scale(real, synthetic, attribute, target, seed, n_real)
     save_set(out, mixed)
-    order = np.argsort(~mixed["synthetic"], kind="stable")              # synthetic ones first
-    save_group_grid(f"{out}.png", subset(mixed, order), attribute)
+    save_group_grid(f"{out}.png", mixed, attribute)
     for name in group_codes(real, attribute)[1]:
         own = mixed["synthetic"][mixed[attribute] == name]
         print(f"{name}: {(~own).sum()} real and {own.sum()} synthetic images")

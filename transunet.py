@@ -236,8 +236,7 @@ def groupdro_loss(losses, group, q, rate):
 
 def fairseg_loss(logits, mask, group, n_groups, gamma):
     """FairSeg's error-bound scaling (Tian et al. 2024): cross-entropy and a Dice of scaled p.
-    Only groups in the batch are compared; in the published code an absent one makes all scales 0.
-    """
+    Only groups in the batch are compared; as published, one that is absent makes all scales 0."""
     logits = logits.float()
     p = logits.softmax(1)
     error, count = group_means(soft_dice(p.detach(), mask, (2, 3)).mean(1), group, n_groups)

@@ -1,10 +1,12 @@
 """fairdiff.py: Equal Scale, the dataset file, the phantom, import and export."""
 import os
 import pathlib
+import subprocess
+import sys
 
-import conftest
 import numpy as np
 import pytest
+from conftest import run
 from PIL import Image
 
 import fairdiff
@@ -13,9 +15,6 @@ y, x = np.mgrid[:48, :48]
 EYE = ((x - 23) ** 2 + (y - 25) ** 2 < 150).astype(np.uint8) + ((x - 22) ** 2 + (y - 25) ** 2 < 40)     # 0, 1, 2
 COUNT = ["Asian"] * 4 + ["Black"] * 6 + ["White"] * 20 + [""]
 
-def run(*line):
-    return conftest.run(fairdiff, line)
-
 def tiny(column, synthetic=False, **more):
     """A dataset of 8 x 8 images, all different, with a column race."""
     n = len(column)
@@ -23,270 +22,239 @@ def tiny(column, synthetic=False, **more):
     return {"image": image, "mask": image % 3, "name": np.array([f"{synthetic}-{i}" for i in range(n)]),
             "synthetic": np.full(n, synthetic), "race": np.array(column)} | more
 
-def both(folder="data"):
-    """What an import wrote, both parts together, by name."""
-    parts = [fairdiff.load_set(f"{folder}/{part}.npz") for part in ("train", "test")]
-    data = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    return {key: array[np.argsort(data["name"])] for key, array in data.items()}
+def imported(*parts):
+    """What an import wrote, by name: of the parts train and test, or of one."""
+    data = fairdiff.concatenate(*[fairdiff.load_set(f"data/{part}.npz") for part in parts or ("train", "test")])
+    return fairdiff.subset(data, np.argsort(data["name"]))
 
-def names(part):
-    return sorted(fairdiff.load_set(f"data/{part}.npz")["name"].tolist())
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty folder to work in."""
-    monkeypatch.chdir(tmp_path)
-
-@pytest.mark.parametrize("settings, size, real, synthetic", [
-    ({}, 10, [4, 6, 10], [6, 4, 0]), ({"target": 5}, 5, [4, 5, 5], [1, 0, 0]),
-    ({"target": "max"}, 20, [4, 6, 20], [16, 14, 0]), ({"target": 25, "n_real": 12}, 25, 12, 63)])
-def test_equal_scale(settings, size, real, synthetic):
-    """Eq. 6 by hand, of 4, 6 and 20 patients: N_real / G by default, a number, the largest group, fewer real images.
-    Every row is one of a source, with its own picture, at most once; the unknown one is left out; the seed decides."""
+@pytest.mark.parametrize("settings, real, synthetic", [
+    ({}, [4, 6, 10], [6, 4, 0]), ({"target": 5}, [4, 5, 5], [1, 0, 0]), ({"target": "max"}, [4, 6, 20], [16, 14, 0])])
+def test_equal_scale(settings, real, synthetic):
+    """Eq. 6 by hand, of 4, 6, 20 and an unknown patient; every row is one of a source, as it was, at most once."""
     sources = tiny(COUNT), tiny(["Asian", "Black", "White"] * 25, True)
     mixed, again, other = (fairdiff.equal_scale(*sources, "race", seed=seed, **settings) for seed in (0, 0, 1))
-    counts = [[((mixed["race"] == g) & (mixed["synthetic"] == kind)).sum() for g in ("Asian", "Black", "White")]
-              for kind in (False, True)]
-    assert np.sum(counts, 0).tolist() == [size] * 3
-    assert (np.sum(counts, 1).tolist() if settings.get("n_real") else counts) == [real, synthetic]
-    columns = [[s["name"].tolist(), s["image"][:, 0, 0].tolist(), s["race"].tolist()] for s in (*sources, mixed)]
-    rows = [set(zip(*column, strict=True)) for column in columns]
-    assert rows[2] < rows[0] | rows[1] and len(rows[2]) == len(mixed["name"]) == 3 * size
+    for kind, counts in ((False, real), (True, synthetic)):
+        own = mixed["race"][mixed["synthetic"] == kind].tolist()
+        assert [own.count(name) for name in ("Asian", "Black", "White")] == counts
+    source = fairdiff.concatenate(*sources)
+    index = [source["name"].tolist().index(name) for name in mixed["name"]]
+    assert len(set(index)) == len(index) and all(np.array_equal(source[key][index], mixed[key]) for key in source)
     assert mixed["name"].tolist() == again["name"].tolist() != other["name"].tolist()
+    fewer = fairdiff.equal_scale(*sources, "race", 25, n_real=12)
+    assert len(fewer["name"]) == 75 and (~fewer["synthetic"]).sum() == 12
 
-def test_mix_joins_synthetic_files_and_says_what_is_lacking(here, capsys):
+def test_mix_joins_synthetic_files_and_says_what_is_lacking(here, refused):
     """8 synthetic images are too few: group and number are named; with those of a second file they are enough."""
     fairdiff.save_set("real.npz", tiny(COUNT))
-    for i, n in enumerate((8, 6)):
-        some = tiny(["Asian", "Black"] * n, True)
-        fairdiff.save_set(f"{i}.npz", some | {"name": np.char.add(f"{i}-", some["name"])})
-    assert run("mix", "real.npz", "0.npz", "--target", "17") == 2
-    error = capsys.readouterr().err
-    assert all(word in error for word in ("Asian", "13", " 8 ")) and error.count("\n") == 1
-    assert run("mix", "real.npz", "0.npz", "1.npz", "--target", "17") == 0
+    synthetic = tiny(["Asian", "Black"] * 14, True)
+    fairdiff.save_set("0.npz", fairdiff.subset(synthetic, slice(16)))
+    fairdiff.save_set("1.npz", fairdiff.subset(synthetic, slice(16, 28)))
+    refused(fairdiff, "mix", "real.npz", "0.npz", "--target", 17, words="Asian 13 8")
+    refused(fairdiff, "mix", "real.npz", "0.npz", "--target", "disc", words="'disc'")
+    assert run(fairdiff, "mix", "real.npz", "0.npz", "1.npz", "--target", 17) == 0
     assert np.unique(fairdiff.load_set("mixed.npz")["race"], return_counts=True)[1].tolist() == [17] * 3
-
-def test_group_codes_are_names_in_order():
-    """Any column and number of groups: sorted names, or those given; -1 for unknown and for names not given."""
-    data = tiny(["White"] * 5, scanner=np.array(["b", "", "d", "a", "c"]))
-    codes, groups = fairdiff.group_codes(data, "scanner")
-    assert codes.tolist() == [1, -1, 3, 0, 2] and list(groups) == ["a", "b", "c", "d"]
-    assert fairdiff.group_codes(data, "scanner", ["d", "b"])[0].tolist() == [1, -1, 0, -1, -1]
-    with pytest.raises(fairdiff.InputError, match="'site'.*race.*scanner"):
-        fairdiff.group_codes(data, "site")
-
-def test_a_set_of_ones_own_is_filled_in(here):
-    """image, mask and a column of integers: text with negative as unknown, names of their own, nothing synthetic."""
-    np.savez("own.npz", **dict.fromkeys(("image", "mask"), np.zeros((12, 8, 8), np.uint8)), site=np.arange(12) - 2)
-    data = fairdiff.load_set("own.npz")
-    assert data["site"].tolist() == ["", "", *map(str, range(10))]
-    assert len(set(data["name"])) == 12 and not data["synthetic"].any() and data["synthetic"].dtype == bool
 
 class Payload:                          # creates a file when it is unpickled
     def __reduce__(self):
         return open, ("ran", "w")
 
-BAD = {"float column": ({"site": np.ones(4)}, "site"), "pickle": ({"site": np.array([Payload()] * 4)}, ""),
-       "label 3": ({"mask": np.full((4, 8, 8), 3, np.uint8)}, "3"), "no mask": ({"mask": np.zeros(0)}, "mask"),
-       "dtype": ({"image": np.zeros((4, 8, 8))}, "image"), "short column": ({"race": np.array(["a"])}, "race"),
-       "shapes": ({"mask": np.zeros((4, 8, 9), np.uint8)}, "mask"), "empty": (tiny([]), ""), "text": (b"no set", ""),
-       "name twice": ({"name": np.array([*"aabc"])}, "name"), "damaged": (b"PK\x03\x04 cut", ""), "missing": (None, "")}
+BAD = [                                 # what is wrong, and a word for it in the message
+    ({"site": np.ones(4)}, "site"), ({"site": np.array([Payload()] * 4)}, ""), ({"race": np.array(["a"])}, "race"),
+    ({"mask": np.full((4, 8, 8), 3, np.uint8)}, "3"), ({"mask": np.zeros((4, 8, 9), np.uint8)}, "mask"),
+    ({"mask": np.zeros(0)}, "mask"), ({"image": np.zeros((4, 8, 8))}, "image"), ({"name": np.array([*"aabc"])}, "name"),
+    (tiny([]), ""), (b"no set", ""), (b"PK\x03\x04 cut", ""), (None, "")]
 
-@pytest.mark.parametrize("kind", BAD)
-def test_a_malformed_set_is_refused_in_one_line(here, capsys, kind):
+@pytest.mark.parametrize("change, word", BAD)
+def test_a_malformed_set_is_refused_in_one_line(here, refused, change, word):
     """Exit code 2, one line that names the file and what is wrong, and no pickled object is ever loaded."""
-    change, what = BAD[kind]
     if isinstance(change, dict):
         np.savez("bad.npz", **tiny([*"abab"]) | change)
     elif change:
         pathlib.Path("bad.npz").write_bytes(change)
-    assert run("export", "bad.npz", "files") == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "bad.npz" in error and what in error
+    refused(fairdiff, "export", "bad.npz", "files", words=f"bad.npz {word}")
     assert not os.path.exists("ran") and not os.path.exists("files")
 
 def test_an_interrupted_save_keeps_the_old_set(here, monkeypatch):
-    """An error in the middle of writing leaves the old file as it was, and no other one."""
+    """An error before its end leaves the old file as it was, and no other one."""
     fairdiff.save_set("set.npz", tiny(["a", "b"]))
     before = pathlib.Path("set.npz").read_bytes()
-    def broken(file, **arrays):
-        (file if hasattr(file, "write") else open(file, "wb")).write(b"half")
-        raise OSError("disk full")
-    monkeypatch.setattr(np, "savez_compressed", broken)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.delattr(os, "replace")                                  # the last step of a save fails
+    with pytest.raises(AttributeError):
         fairdiff.save_set("set.npz", tiny(["c", "d"]))
     assert os.listdir() == ["set.npz"] and pathlib.Path("set.npz").read_bytes() == before
 
-def test_split_keeps_patients_together_and_groups_in_proportion(here, capsys):
-    """Of 20 + 10 patients with two eyes each, 4 + 2 are held out, both eyes; a folder of two parts stays as it is.
-    A column that is not there is refused with the list of those that are."""
+def test_split_keeps_patients_together_and_groups_in_proportion(here):
+    """Of 20 + 10 patients with two eyes each, 4 + 2 are held out, both eyes."""
     patient = np.concatenate([np.arange(40) % 20, 20 + np.arange(20) % 10])
-    fairdiff.save_set("own.npz", tiny(np.repeat(["a", "b"], (40, 20)), patient=patient))
-    assert run("split", "own.npz", "--attribute", "site") == 2
-    error = capsys.readouterr().err
-    assert "'site'" in error and "race" in error and error.count("\n") == 1 and not os.path.exists("data")
-    assert run("split", "own.npz", "--attribute", "race") == 0
-    train, test = (fairdiff.load_set(f"data/{part}.npz") for part in ("train", "test"))
+    fairdiff.save_set("own.npz", tiny(["a"] * 40 + ["b"] * 20, patient=patient))
+    assert run(fairdiff, "split", "own.npz", "--attribute", "race") == 0
+    train, test = imported("train"), imported("test")
     assert not set(train["patient"]) & set(test["patient"]) and len(train["name"]) == 48
-    assert [(test["race"] == g).sum() for g in "ab"] == [8, 4] and run("split", "data", "--out", "again") == 0
-    assert all(np.array_equal(test[key], value) for key, value in fairdiff.load_set("again/test.npz").items())
+    assert sorted(test["race"]) == ["a"] * 8 + ["b"] * 4
 
-def test_a_folder_of_two_parts_needs_no_names(here, capsys):
-    """train.npz and test.npz as the README makes them, of one size or two; a word that is no target is one line."""
-    os.mkdir("own")
+def test_sets_of_ones_own_are_filled_in(here, capsys):
+    """A folder of two parts, of one size or two, with image, mask and a column of integers: that becomes text, negative
+    ones unknown, each image gets a name, none is synthetic. Codes stand for sorted names, or those given; else -1."""
     for part, side in (("train", 16), ("test", 32)):
-        zeros = np.zeros((6, side, side), np.uint8)
-        np.savez(f"own/{part}.npz", image=zeros, mask=zeros, site=np.array([*"ababab"]))
-    assert run("split", "own") == 0 and fairdiff.load_set("data/test.npz")["image"].shape == (6, 32, 32)
-    assert "data/test.npz: 6 images" in capsys.readouterr().out
-    for line in (["mix", "a", "b", "--target", "disc"], ["fairseg", "own", "--crop", "max"]):
-        assert run(*line) == 2 and f"'{line[-1]}'" in capsys.readouterr().err
+        mask = np.random.default_rng(0).integers(0, 3, (6, side, side)).astype(np.uint8)
+        np.savez(f"{part}.npz", image=9 * mask, mask=mask, site=np.arange(4, -2, -1))
+    assert run(fairdiff, "split", ".") == 0 and "data/test.npz: 6 images" in capsys.readouterr().out
+    data = fairdiff.load_set("data/test.npz")
+    assert np.array_equal(data["mask"], mask) and np.array_equal(data["image"], 9 * mask)
+    assert len(set(data["name"])) == 6 and data["synthetic"].dtype == bool and not data["synthetic"].any()
+    codes, names = fairdiff.group_codes(data, "site")
+    assert names == [*"01234"] and codes.tolist() == [4, 3, 2, 1, 0, -1]
+    assert fairdiff.group_codes(data, "site", ["3", "1"])[0].tolist() == [-1, 0, -1, 1, -1, -1]
 
-def test_phantom_is_made_by_its_seed():
-    """The same seed gives the same set, another one another; an image depends on its mask, its race and the seed."""
-    a, b, other = (fairdiff.make_phantom(6, 32, seed=seed) for seed in (3, 3, 4))
-    assert all(np.array_equal(a[key], b[key]) for key in a) and not set(a["name"]) & set(other["name"])
-    mask, asian, white = a["mask"][:2], np.array(["Asian"] * 2), np.array(["White"] * 2)
-    pictures = [fairdiff.render_phantom(*source) for source in (
-        (mask, asian, 1), (mask, asian, 1), (mask[::-1], asian, 1), (mask, white, 1), (mask, asian, 2))]
-    assert [np.array_equal(pictures[0], picture) for picture in pictures[1:]] == [True, False, False, False]
+def test_a_phantom_is_made_by_its_seed():
+    """The same seed gives the same patients; an image depends on its mask, its race and the seed."""
+    data, again = (fairdiff.make_phantom(6, 32, seed=3) for _ in range(2))
+    assert all(np.array_equal(data[key], again[key]) for key in data)
+    mask = data["mask"]
+    sources = (mask, "Asian", 1), (mask, "Asian", 1), (mask[::-1], "Asian", 1), (mask, "White", 1), (mask, "Asian", 2)
+    images = [fairdiff.render_phantom(masks, [race] * 6, seed) for masks, race, seed in sources]
+    assert [np.array_equal(images[0], image) for image in images[1:]] == [True, False, False, False]
 
-def test_phantom_with_fewer_rare_patients_and_without_difference(here):
+def test_phantom_with_fewer_rare_patients_and_without_difference():
     """--rare 3: those patients are among those of --rare 6, pictures and all; --shift 0: the races look alike."""
     few, more = (fairdiff.make_phantom(120, 32, seed=1, rare=rare) for rare in (3, 6))
-    images = [{image.tobytes() for image in s["image"][s["race"] == "Asian"]} for s in (few, more)]
-    assert [len(i) for i in images] == [3, 6] and images[0] < images[1] and (few["race"] != "").all()
+    few, more = ({image.tobytes() for image in s["image"][s["race"] == "Asian"]} for s in (few, more))
+    assert (len(few), len(more)) == (3, 6) and few < more
     for shift, low, high in ((0, 0, 5), (1, 20, 99)):
         data = fairdiff.make_phantom(90, 32, 1, shift, "race")
         assert low < np.ptp([data["image"][data["race"] == g].mean() for g in ("Asian", "Black", "White")]) < high
 
-def test_phantom_sets_of_one_seed_share_no_patient(here):
-    """Training, test and a balanced set, which has equal groups, have no picture and no name in common."""
-    assert run("phantom", "--train", 30, "--test", 31, "--size", 32) == 0
-    assert run("phantom", "--train", 32, "--test", 0, "--size", 32, "--balance", "age", "--out", "even") == 0
+def test_phantom_sets_of_one_seed_share_no_patient(here, refused):
+    """Training, test and a balanced set share no picture and no name; a column that is not there is refused at once."""
+    refused(fairdiff, "phantom", "--train", 6, "--size", 32, "--attribute", "site", words="'site' race")
+    assert not os.path.exists("data") and run(fairdiff, "phantom", "--train", 30, "--test", 31, "--size", 32) == 0
+    argv = ["--train", 32, "--test", 0, "--size", 32, "--balance", "age", "--out", "even"]
+    assert run(fairdiff, "phantom", *argv) == 0 and not os.path.exists("even/test.npz")
     even = fairdiff.load_set("even/train.npz")
-    assert np.unique(even["age"], return_counts=True)[1].tolist() == [16, 16] and not os.path.exists("even/test.npz")
-    assert [len({row.tobytes() for row in (*both()[key], *even[key])}) for key in ("image", "name")] == [93, 93]
+    assert np.unique(even["age"], return_counts=True)[1].tolist() == [16, 16]
+    assert [len({row.tobytes() for row in (*imported()[key], *even[key])}) for key in ("image", "name")] == [93, 93]
 
-def write_images(masks, picture=lambda i: Image.fromarray(np.uint8(10 + i + (y > 20))), names=None, columns=None):
-    names = names or [f"eye{i}" for i in range(len(masks))]
-    columns = columns or {"scanner": ["A", "B"] * 10}
-    for folder in ("pic", "mask"):
+IMAGES = ["images", "image", "mask", "groups.csv", "--size", "48"]
+
+def write_images(n, mask=EYE, /, **columns):
+    """Folders of n pictures, all different, and of their masks, and a table of them."""
+    columns = {"file": [f"eye{i}.png" for i in range(n)], "scanner": (["A", "B"] * n)[:n]} | columns
+    for folder in ("image", "mask"):
         os.makedirs(folder, exist_ok=True)
-    for i, (name, mask) in enumerate(zip(names, masks, strict=True)):
-        picture(i).save(f"pic/{name}.png")
-        if mask is not None:
-            (mask if isinstance(mask, Image.Image) else Image.fromarray(mask)).save(f"mask/{name}.png")
-    rows = zip(("file", *(f"{name}.png" for name in names)), *([key, *columns[key]] for key in columns), strict=False)
-    pathlib.Path("groups.csv").write_text("\n".join(map(",".join, rows)), encoding="utf-8")
+    for i, name in enumerate(columns["file"]):
+        Image.fromarray(np.uint8(10 + i + (y > 20))).save(f"image/{name}")
+        Image.fromarray(mask).save(f"mask/{name}")
+    lines = map(",".join, zip(*columns.values(), strict=True))
+    pathlib.Path("groups.csv").write_text("\n".join([",".join(columns), *lines]), encoding="utf-8")
 
-def images(*options):
-    attribute = pathlib.Path("groups.csv").read_text(encoding="utf-8").split("\n")[0].split(",")[1]
-    return run("images", "pic", "mask", "groups.csv", "--attribute", attribute, "--size", "48", *options)
-
-PALETTE = Image.fromarray(EYE).copy()
+MASK = Image.fromarray(EYE)
+PALETTE = MASK.copy()
 PALETTE.putpalette([0, 0, 0, 250, 120, 0, 9, 99, 250])
-COLOUR = Image.fromarray(np.full((48, 48, 3), (200, 100, 50), np.uint8))
-KINDS = {                               # masks and what becomes of them; pictures and their grey
-    "L": (EYE, EYE, ""), "P": (PALETTE, EYE, ""), "RGB": (np.stack([EYE] * 3, 2), EYE, ""),
-    "1": (Image.fromarray(EYE > 0), EYE > 0, ""), "I;16": (EYE.astype(np.uint16), EYE, ""),
-    "REFUGE": (np.array([255, 128, 0], np.uint8)[EYE], EYE, "--labels 255,128,0"),
-    "one structure": (np.uint8(255) * (EYE > 0), EYE > 0, "--labels 0,255"),
-    "crop": (EYE // 2 * 2, (EYE // 2 * 2)[12:36, 12:36].repeat(2, 0).repeat(2, 1), "--crop 24"),
-    "luminance": (COLOUR, 124, ""), "green": (COLOUR, 100, "--channel green"),
-    "16 bits": (Image.new("I;16", (48, 48), 90 * 257), 90, ""), "palette": (COLOUR.quantize(), 124, "")}
+CUP = EYE // 2 * 2
+COLOUR = Image.new("RGB", (48, 48), (200, 100, 50))
+KINDS = {                               # folder, file, what becomes of it, options
+    "L": ("mask", MASK, EYE, ""), "P": ("mask", PALETTE, EYE, ""), "RGB": ("mask", MASK.convert("RGB"), EYE, ""),
+    "1": ("mask", Image.fromarray(EYE > 0), EYE > 0, ""), "I;16": ("mask", MASK.convert("I;16"), EYE, ""),
+    "REFUGE": ("mask", Image.fromarray(np.array([255, 128, 0], np.uint8)[EYE]), EYE, "--labels 255,128,0"),
+    "one structure": ("mask", Image.fromarray(np.uint8(255) * (EYE > 0)), EYE > 0, "--labels 0,255"),
+    "crop": ("mask", Image.fromarray(CUP), CUP[12:36, 12:36].repeat(2, 0).repeat(2, 1), "--crop 24"),
+    "luminance": ("image", COLOUR, 124, ""), "green": ("image", COLOUR, 100, "--channel green"),
+    "palette": ("image", COLOUR.quantize(), 124, ""), "16 bits": ("image", Image.new("I;16", (48, 48), 23130), 90, "")}
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_files_of_every_kind_are_read(here, kind):
+@pytest.mark.parametrize("folder, file, expected, options", KINDS.values(), ids=KINDS)
+def test_files_of_every_kind_are_read(here, folder, file, expected, options):
     """Labels come out as 0, 1, 2 at their place, whatever mode, coding and crop; pictures of any mode become grey."""
-    source, expected, options = KINDS[kind]
-    grey = isinstance(expected, int)
-    write_images([EYE if grey else source] * 10, *[lambda i: source] * grey)
-    assert images(*options.split()) == 0
-    data = both()
-    assert (data["mask"] == (EYE if grey else expected)).all() and data["scanner"].tolist() == ["A", "B"] * 5
-    shades = [expected] * 10 if grey else range(10, 20)                             # every mask has its own picture
-    assert abs(data["image"].min((1, 2)) - np.array(shades)).max() <= grey
+    write_images(10)
+    for path in pathlib.Path(folder).iterdir():
+        file.save(path)
+    assert run(fairdiff, *IMAGES, *options.split()) == 0
+    found = imported()[folder].astype(int)
+    assert abs(found - expected).max() <= (folder == "image")             # grey is rounded
 
-def test_crop_disc_finds_the_disc(here):
-    """A small disc in a corner comes to the middle of the picture."""
-    write_images([((x - 38) ** 2 + (y - 9) ** 2 < 17).astype(np.uint8)] * 10)
-    assert images("--crop", "disc") == 0
-    mask = both()["mask"][0]
+def test_crop_disc_finds_the_disc(here, refused):
+    """A small disc in a corner comes to the middle of the picture; another word is refused."""
+    write_images(10, ((x - 38) ** 2 + (y - 9) ** 2 < 17).astype(np.uint8))
+    refused(fairdiff, *IMAGES, "--crop", "max", words="'max'")
+    assert run(fairdiff, *IMAGES, "--crop", "disc") == 0
+    mask = imported()["mask"][0]
     assert abs(np.argwhere(mask).mean(0) - 23.5).max() < 3 and 0.08 < mask.mean() < 0.2
 
-def test_table_columns_split_and_patient(here):
-    """A column split is followed, a patient's eyes stay together without it; names may hold spaces and any letters."""
+def test_columns_of_the_table(here):
+    """Rows keep their picture and group, splits are followed, else patients stay together; names hold any letters."""
     own = [f"Jos\u00e9 \u7720 {i:02d}" for i in range(20)]
-    write_images([EYE] * 20, names=own, columns={"site": ["\u00c5"] * 20, "split": ["test", "train", "", "train"] * 5})
-    assert images() == 0
-    assert names("test") == own[::4] and names("train") == own[1::2] and set(both()["site"]) == {"\u00c5"}
-    write_images([EYE] * 20, names=own, columns={"site": ["A"] * 20, "mask": ["m.png"] * 20, "patient": [f"p{i % 10}" for i in range(20)]})
-    assert images() == 0
-    test = names("test")
-    assert len(test) == 4 and len({name[-1] for name in test}) == 2 and set(both()["site"]) == {"A"}
+    columns = {"file": [f"{name}.png" for name in own], "scanner": ["\u00c5", "B"] * 10, "mask": ["m.png"] * 20}
+    write_images(20, **columns, split=["test", "train", "", "train"] * 5)
+    assert run(fairdiff, *IMAGES) == 0
+    assert imported("test")["name"].tolist() == own[::4] and imported("train")["name"].tolist() == own[1::2]
+    write_images(20, **columns, patient=[f"p{i % 10}" for i in range(20)])
+    assert run(fairdiff, *IMAGES) == 0 and len({name[-1] for name in imported("test")["name"]}) == 2
+    data = imported()
+    assert data["scanner"].tolist() == columns["scanner"] and data["image"].min((1, 2)).tolist() == [*range(10, 30)]
 
-@pytest.mark.parametrize("kind", ["label", "missing mask", "damaged", "shape"])
-def test_a_bad_file_is_named_and_may_be_skipped(here, capsys, kind):
+@pytest.mark.parametrize("spoil", [
+    os.remove, lambda path: os.truncate(path, 60), lambda path: Image.fromarray(EYE[:40]).save(path),
+    lambda path: Image.fromarray(EYE * np.uint8(90)).save(path)], ids=["missing", "damaged", "shape", "labels"])
+def test_a_bad_file_is_named_and_may_be_skipped(here, refused, spoil):
     """Exit code 2 and a line that names it; --skip-bad leaves it out and keeps the rest."""
-    bad = {"label": EYE * np.uint8(90), "missing mask": None, "shape": EYE[:40]}.get(kind, EYE)
-    write_images([EYE] * 7 + [bad] + [EYE] * 4)
-    if kind == "damaged":
-        os.truncate("pic/eye7.png", 60)
-    assert images() == 2
-    assert "eye7" in capsys.readouterr().err.splitlines()[-1] and not os.path.exists("data")
-    assert images("--skip-bad") == 0 and len(both()["name"]) == 11 and "eye7" not in both()["name"]
+    write_images(12)
+    spoil("mask/eye7.png")
+    refused(fairdiff, *IMAGES, words="eye7")
+    assert not os.path.exists("data") and run(fairdiff, *IMAGES, "--skip-bad") == 0
+    assert len(imported()["name"]) == 11 and "eye7" not in imported()["name"]
 
-@pytest.mark.parametrize("text, bad, options", [
-    ("labels", 2 - EYE, []), ("crop", np.roll(EYE, 23, 1), ["--crop", "12"]), ("constant", 0 * EYE, [])])
-def test_a_suspicious_import_warns(here, capsys, text, bad, options):
+@pytest.mark.parametrize("text, file, bad, options", [
+    ("labels", "mask/eye13.png", 2 - EYE, []), ("crop", "mask/eye13.png", np.roll(EYE, 23, 1), ["--crop", "12"]),
+    ("constant", "image/eye13.png", 0 * EYE, [])])
+def test_a_suspicious_import_warns(here, capsys, text, file, bad, options):
     """Inverted coding, a disc lost by the crop, a constant picture: a warning names the file; a good set has none."""
-    write_images([EYE] * 20)
-    assert images(*options) == 0
-    assert not [line for line in capsys.readouterr().out.splitlines() if "warning" in line and text in line]
-    Image.fromarray(bad).save("pic/eye13.png" if text == "constant" else "mask/eye13.png")
-    assert images(*options) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line and text in line]
-    assert len(lines) == 1 and "eye13" in lines[0]
+    write_images(20)
+    for n_bad in (0, 1):
+        assert run(fairdiff, *IMAGES, *options) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line and text in line]
+        assert len(lines) == n_bad and all("eye13" in line for line in lines)
+        Image.fromarray(bad).save(file)
 
-def write_patient(path, **change):
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    arrays = {"slo_fundus": EYE + np.uint8(90), "disc_cup_mask": -EYE.astype(int), "race": 0} | change
-    np.savez(path, **{key: array for key, array in arrays.items() if array is not None})
-
-def test_fairseg_files_come_back_as_they_were(here, phantom, capsys):
+def test_fairseg_files_come_back_as_they_were(here, phantom, refused):
     """export, then import, gives back all; so do the pictures of --png; a folder that holds files is refused."""
-    fairdiff.save_set("set.npz", {key: array[:30] for key, array in phantom.items()})
-    assert run("export", "set.npz", "files") == 0 and run("fairseg", "files", "--size", 32) == 0
-    assert [key for key in phantom if not np.array_equal(both()[key], phantom[key][:30])] == ["name"]
-    assert run("export", "set.npz", "files") == 2 and "files" in capsys.readouterr().err.splitlines()[-1]
-    assert run("export", "set.npz", "png", "--png") == 0
+    few = fairdiff.subset(phantom, slice(30))
+    fairdiff.save_set("set.npz", few)
+    assert run(fairdiff, "export", "set.npz", "files") == 0 and run(fairdiff, "fairseg", "files", "--size", 32) == 0
+    assert [key for key in few if not np.array_equal(imported()[key], few[key])] == ["name"]
+    refused(fairdiff, "export", "set.npz", "files", words="files")
+    assert run(fairdiff, "export", "set.npz", "png", "--png") == 0
     pathlib.Path("t.csv").write_text("\n".join(["file,site", *(f"{i:05d}.png,{i % 2}" for i in range(1, 31))]))
-    assert run("images", "png/image", "png/mask", "t.csv", "--attribute", "site", "--size", 32) == 0
-    assert all(np.array_equal(both()[key], phantom[key][:30]) for key in ("image", "mask")) and "race" not in both()
+    argv = ["png/image", "png/mask", "t.csv", "--attribute", "site", "--size", 32]
+    assert run(fairdiff, "images", *argv) == 0 and "race" not in imported()
+    assert all(np.array_equal(imported()[key], few[key]) for key in ("image", "mask"))
 
-def test_dialects_of_fairseg(here):
-    """Race codes 2, 3, 7, age in days, FairDomain's key, folders Training and Test, hidden files of a Mac."""
+def test_dialects_and_lists_of_fairseg(here, refused):
+    """Race codes 2, 3, 7, age in days, FairDomain's key, folders Training and Test, hidden files of a Mac. Lists split
+    in place of folders; one alone, or a patient in both, is refused. A broken link is listed as damaged."""
     for i in range(9):
-        write_patient(f"f/{'Test' if i > 5 else 'Training'}/data_{i:05d}.npz", race=(2, 3, 7)[i % 3],
-                      disc_cup_mask=None, slo_disc_cup=EYE, age=365.25 * (50 + 2 * i))
+        path = pathlib.Path("f", "Test" if i < 3 else "Training", f"data_{i:05d}.npz")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, slo_fundus=EYE + 90, slo_disc_cup=EYE, race=(2, 3, 7)[i % 3], age=365.25 * (50 + 2 * i))
     pathlib.Path("f/Training/._data_00000.npz").write_text("a fork of a file")
-    assert run("fairseg", "f", "--size", 48) == 0
-    data = both()
+    assert run(fairdiff, "fairseg", "f", "--size", 48) == 0
+    data = imported()
     assert data["race"].tolist() == ["Asian", "Black", "White"] * 3 and (data["mask"] == EYE).all()
-    assert data["age"].tolist() == ["<60"] * 5 + [">=60"] * 4 and len(names("test")) == 3
-
-def test_lists_split_fairseg_and_broken_links_count_as_damaged(here, capsys):
-    """train.txt and test.txt are followed; one alone, or a patient in both, is refused. A broken link is listed."""
-    for i in range(6):
-        write_patient(f"f/data_{i:05d}.npz")
+    assert data["age"].tolist() == ["<60"] * 5 + [">=60"] * 4
+    assert [name[-1] for name in imported("test")["name"]] == [*"012"]
     os.symlink("nowhere", "f/data_00009.npz")
-    assert run("fairseg", "f") == 2 and "data_00009" in capsys.readouterr().err
-    assert run("fairseg", "f", "--skip-bad") == 0 and len(both()["name"]) == 6
-    os.remove("f/data_00009.npz")
+    refused(fairdiff, "fairseg", "f", words="data_00009")
     pathlib.Path("f/train.txt").write_text("/home/x/data_000003.npz\nC:\\y\\data_00004.npz\n")
-    assert run("fairseg", "f") == 2 and "train.txt" in capsys.readouterr().err.splitlines()[-1]
+    refused(fairdiff, "fairseg", "f", words="train.txt")
     pathlib.Path("f/test.txt").write_text("data_00004\n")
-    assert run("fairseg", "f") == 2 and "both" in capsys.readouterr().err.splitlines()[-1]
+    refused(fairdiff, "fairseg", "f", words="both")
     pathlib.Path("f/test.txt").write_text("data_00001\ndata_00002\n")
-    assert run("fairseg", "f") == 0 and [[n[-1] for n in names(p)] for p in ("train", "test")] == [[*"34"], [*"12"]]
+    assert run(fairdiff, "fairseg", "f", "--skip-bad") == 0
+    assert [name[-1] for part in ("train", "test") for name in imported(part)["name"]] == [*"3412"]
+
+@pytest.mark.parametrize("pipe, settings", [("| head -n 0", "PYTHONUNBUFFERED=1"), ("", "PYTHONIOENCODING=ascii LC_ALL=C")])
+def test_a_closed_pipe_and_an_ascii_terminal_do_no_harm(here, pipe, settings):
+    """A reader that stops, and letters that a terminal lacks: no traceback, and the files are there."""
+    fairdiff.save_set("own.npz", tiny(["\u00c5s", "\u7720"] * 10))
+    command = f'{settings} "{sys.executable}" "{os.path.abspath(fairdiff.__file__)}" split own.npz {pipe}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "Error" not in done.stderr, done.stderr
+    assert len(imported()["name"]) == 20

@@ -42,37 +42,28 @@ def simulate(rng, means, sizes, sd=0.1):
     return rng.normal(np.array(means)[group], np.broadcast_to(sd, len(sizes))[group]), group
 
 @pytest.mark.parametrize("label", [0, 1, 2])
-def test_dice_and_iou_equal_a_pixel_loop(label):
-    """Counts made one pixel at a time give the same scores; neither mask has the label: 1, one of them: 0."""
+def test_dice_and_iou_equal_counted_pixels(label):
+    """Both are as counted with Python's sets of pixels; neither mask has the label: 1, one of them: 0."""
     pred, true = np.random.default_rng(0).integers(0, 3, (2, 6, 5, 7)).astype(np.uint8)
     pred[3:5], true[4:] = (label + 1) % 3, (label + 1) % 3
     for i in range(6):
-        pixels = [(a == label, b == label) for a, b in zip(pred[i].flat, true[i].flat, strict=True)]
-        both, either = sum(a and b for a, b in pixels), sum(a or b for a, b in pixels)
-        want = (2 * both / (both + either), both / either) if either else (1, 1)
+        p, t = (set(np.flatnonzero(mask[i] == label)) for mask in (pred, true))
+        want = (2 * len(p & t) / (len(p) + len(t)), len(p & t) / len(p | t)) if p | t else (1, 1)
         assert (dice(pred, true, label)[i], iou(pred, true, label)[i]) == pytest.approx(want)
 
 def test_essp_reproduces_the_papers_tables():
     """78 of the 80 printed ES cells follow from their own row within 0.00025; two of FairSeg's do not."""
     odd = []
     for attribute, structure, *numbers in map(str.split, PAPER.split(";")):
-        for method, row in enumerate(np.array(numbers, float).reshape(5, -1) / 10000):
-            dices, ious = np.split(row[4:], 2)
-            for metric, es, overall, means in (("dice", *row[:2], dices), ("iou", *row[2:4], ious)):
-                if abs(essp(overall, means) - es) > 0.00025:
-                    odd.append((attribute, structure, method, metric))
-    assert odd == [("race", "rim", 3, "dice"), ("gender", "rim", 3, "iou")]
-
-def test_eq_1_and_eq_7_by_hand():
-    """Means 0.7, 0.8, 0.9 have variance 0.01 and SD 0.1; one group costs nothing; percent is refused."""
-    assert fairness.fairness([0.7, 0.8, 0.9]) == pytest.approx(-0.01)
-    assert essp(0.88, [0.7, 0.8, 0.9]) == pytest.approx(0.8)
-    assert essp(0.88, [0.5]) == 0.88 and fairness.fairness([0.5]) == 0
-    with pytest.raises(ValueError, match="percent"):
-        essp(85, [80, 90])
+        table = np.array(numbers, float).reshape(5, -1) / 10000
+        dices, ious = np.split(table[:, 4:], 2, axis=1)
+        error = {"dice": essp(table[:, 1], dices) - table[:, 0], "iou": essp(table[:, 3], ious) - table[:, 2]}
+        for metric in error:
+            odd += [(attribute, structure, metric, i) for i in range(5) if abs(error[metric][i]) > 0.00025]
+    assert odd == [("race", "rim", "dice", 3), ("gender", "rim", "iou", 3)]
 
 def test_fair_report_by_hand():
-    """Five images, one unknown, no group b: names, counts and values worked out by hand."""
+    """Five images, one unknown, no group b: all numbers by hand. A single group costs nothing; percent is refused."""
     scores, group = np.array([0.6, 0.8, 0.9, 0.9, 0.3]), np.array([0, 0, 2, 2, -1])
     rows = fair_report(scores, group, ("a", "b", "c"), n_boot=200)
     assert [row.name for row in rows] == ["overall", "a", "c", "es", "sd", "worst", "gap", "eq1", "p"]
@@ -81,6 +72,9 @@ def test_fair_report_by_hand():
     np.testing.assert_allclose([r.value for r in rows[:-1]], [0.7, 0.7, 0.9, 0.7 / (1 + sd), sd, 0.7, 0.2, -0.02])
     # Resampled within groups the mean of a is 0.6, 0.7 or 0.8, and that of c always 0.9.
     np.testing.assert_allclose([rows[1][3:], rows[2][3:], rows[6][3:]], [(0.6, 0.8), (0.9, 0.9), (0.1, 0.3)])
+    assert essp(0.88, [0.5]) == 0.88 and fairness.fairness([0.5]) == 0
+    with pytest.raises(ValueError, match="percent"):
+        essp(85, [80, 90])
 
 def test_intervals_cover_the_truth():
     """95 % intervals of overall, groups and a paired difference; they cover 92 to 95 %, odds 1 in 1,000."""
@@ -115,19 +109,14 @@ def test_compare_is_paired():
     assert all(row[2:] == (0, 0, 0) for row in same[:-1]) and same[-1].value == 1
 
 def test_chance_level_is_what_equal_groups_show():
-    """SD and gap of 2,000 simulated sets with equal means, within 7 %, from 20 sets whose means differ."""
-    rng = np.random.default_rng(3)
-    sets = [simulate(rng, (0.5,) * 3, (20, 60, 120), (0.2, 0.1, 0.1)) for _ in range(2000)]
-    means = np.array([[scores[group == g].mean() for g in range(3)] for scores, group in sets])
-    shown = np.std(means, axis=1, ddof=1).mean(), np.ptp(means, axis=1).mean()
-    estimated = [chance_level(scores + 0.1 * group, group, n_boot=500) for scores, group in sets[:20]]
-    np.testing.assert_allclose(np.mean(estimated, 0), shown, rtol=0.07)
+    """The means of two groups differ by a normal number around 0: its mean size, and the SD of two numbers by hand."""
+    scores, group = simulate(np.random.default_rng(3), (0.5, 0.9), (100, 400), (0.2, 0.1))
+    variance = sum(scores[group == g].var() / n for g, n in ((0, 100), (1, 400)))
+    gap = np.sqrt(2 / np.pi * variance)
+    assert chance_level(scores, group, n_boot=20000) == pytest.approx((gap / np.sqrt(2), gap), rel=0.02)
 
-def test_frechet_distance_of_known_gaussians():
-    """Diagonal: |mx - my|^2 + sum (sx - sy)^2. Others: with scipy's matrix root. Too few items: NaN."""
-    cross = np.concatenate([np.eye(3), -np.eye(3)])                     # covariance 0.4 on the diagonal
-    x, y = cross * (1, 2, 3), cross * (2, 2, 1) + (1, 0, 2)
-    assert frechet_distance(x, y) == pytest.approx(5 + 0.4 * 5)
+def test_frechet_distance_of_gaussians():
+    """|mx - my|^2 + tr(Cx + Cy - 2 (Cx Cy)^1/2) with scipy's matrix root; NaN of too few items."""
     x, y = np.random.default_rng(4).normal(size=(2, 8, 3)) @ [[1, 2, 0], [0, 1, 1], [0, 0, 1]] * (1, 2, 3)
     a, b = np.cov(x.T), np.cov(y.T)
     trace = np.trace(a + b - 2 * scipy.linalg.sqrtm(a @ b).real)
@@ -137,13 +126,12 @@ def test_frechet_distance_of_known_gaussians():
 def test_mmd_coverage_and_one_nna_by_hand():
     """Two real items lie 0 and 5 from the nearest generated one, one is never nearest; 1-NNA equals a loop."""
     assert mmd_cov(np.array([[1.0, 5.0], [0.0, 7.0], [1.0, 6.0]])) == (2.5, 0.5)
-    assert mmd_cov(np.array([[0.0, 9.0, 9.0]] * 5)) == (6, 1 / 3)       # one real item, again and again
     points = np.random.default_rng(5).normal(size=(20, 2)) + 0.7 * (np.arange(20) < 10)[:, None]
-    d = cdist(points, points) + np.diag(np.full(20, np.inf))
+    d = cdist(points, points)
+    np.fill_diagonal(d, 9)                                              # nobody is their own neighbour
     right = np.mean([(i < 10) == (d[i].argmin() < 10) for i in range(20)])
-    np.fill_diagonal(d, 0)
     assert 0.5 < one_nna(d[:10, :10], d[10:, 10:], d[:10, 10:]) == right
-    assert one_nna(d, d, d) == 0 and one_nna(*np.zeros((3, 4, 4))) == 0.5       # copies, ties
+    assert one_nna(*[1 - np.eye(4)] * 3) == 0 and one_nna(*np.zeros((3, 4, 4))) == 0.5      # copies, ties
 
 def test_set_distance_knows_a_memoriser():
     """Copies of training items are all memorised; fresh items nearly never, and nothing tells them from real."""
@@ -153,46 +141,35 @@ def test_set_distance_knows_a_memoriser():
     assert copied["memorised"] == 1 and good["memorised"] < 0.05
     assert good["frechet"] < 0.3 and 0.4 < good["1-nna"] < 0.6          # 3 standard errors
 
-@pytest.fixture
-def files(tmp_path, monkeypatch, phantom):
-    """In the current folder: set.npz, one patient of unknown race, and its predictions good and bad."""
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("metric", [dice, iou])
+@pytest.mark.parametrize("structure, labels", [("cup", [2]), ("rim", [1]), ("mean", [2, 1])])
+def test_table_holds_what_fair_report_says(here, phantom, capsys, metric, structure, labels):
+    """Every number of the CSV is the library's, of each training and of the images' mean over the trainings."""
     truth = phantom | {"race": np.where(np.arange(60) == 5, "", phantom["race"])}
     fairdiff.save_set("set.npz", truth)
+    group, names = fairdiff.group_codes(truth, "race")
+    scores = {}
     for name, dx in (("good", 1), ("bad", 4)):
-        fairdiff.save_set(f"{name}.npz", truth | {"mask": np.roll(truth["mask"], dx, 2)})
-    return truth
-
-def run_table(*args):
-    """Run the command; its CSV as {(method, seed, structure, metric, group): (n, value, lo, hi)}."""
-    assert run(fairness, ["table", "set.npz", *args, "--out", "deep/results.csv"]) == 0
-    table = csv.DictReader(pathlib.Path("deep/results.csv").read_text().splitlines())
-    return {tuple(row[key] for key in ("method", "seed", "structure", "metric", "group")):
-            [float(row[key]) for key in ("n", "value", "lo", "hi")] for row in table}
-
-@pytest.mark.parametrize("metric", [dice, iou])
-def test_table_holds_what_fair_report_says(files, capsys, metric):
-    """Every number of the CSV is the library's, of each training and of the images' mean over the trainings."""
-    found = run_table("one=good.npz", "two:1=good.npz", "two:2=bad.npz")
-    printed, (group, names) = capsys.readouterr().out, fairdiff.group_codes(files, "race")
-    good, bad = (np.stack([metric(np.roll(files["mask"], dx, 2), files["mask"], k) for k in (2, 1)]) for dx in (1, 4))
-    trainings = {("one", "0"): good, ("two", "1"): good, ("two", "2"): bad, ("two", "mean"): (good + bad) / 2}
-    for key, own in trainings.items():
-        for structure, scores in zip(("cup", "rim", "mean"), (*own, own.mean(0)), strict=True):
-            want = fair_report(scores, group, names)
-            for row in want:
-                np.testing.assert_allclose(found[(*key, structure, metric.__name__, row.name)], row[1:])
-            if structure != "mean" and key[1] in ("0", "mean"):         # Tables 2-5
-                assert all(f"{row.value:.4f}" in printed for row in want[:5])
+        mask = np.roll(truth["mask"], dx, 2)
+        fairdiff.save_set(f"{name}.npz", truth | {"mask": mask})
+        scores[name] = np.mean([metric(mask, truth["mask"], label) for label in labels], 0)
+    argv = ["set.npz", "one=good.npz", "two:1=good.npz", "two:2=bad.npz", "--out", "deep/results.csv"]
+    assert run(fairness, "table", *argv) == 0
+    printed = capsys.readouterr().out
+    lines = list(csv.reader(pathlib.Path("deep/results.csv").read_text().splitlines()))
+    assert lines[0] == "attribute method seed structure metric group n value lo hi".split()
+    found = {tuple(line[1:6]): list(map(float, line[6:])) for line in lines[1:]}
+    trainings = {"one 0": scores["good"], "two 1": scores["good"], "two 2": scores["bad"]}
+    for key, own in (trainings | {"two mean": (scores["good"] + scores["bad"]) / 2}).items():
+        want = fair_report(own, group, names)
+        for row in want:
+            np.testing.assert_allclose(found[(*key.split(), structure, metric.__name__, row.name)], row[1:])
+        if structure != "mean" and key in ("one 0", "two mean"):        # Tables 2-5
+            assert all(f"{row.value:.4f}" in printed for row in want[:5])
     assert len(found) == 4 * 3 * 2 * len(want) and "no medical evidence" in printed
 
-def test_table_of_a_single_structure_and_of_other_images(files, capsys):
-    """Masks without label 2 have one structure; other images are exit code 2 and one line that names the file."""
-    fairdiff.save_set("set.npz", files | {"mask": np.minimum(files["mask"], 1)})
-    assert {key[2] for key in run_table("a=set.npz")} == {"structure", "mean"}
-    assert "structure, by race" in capsys.readouterr().out
-    for data in (fairdiff.subset(files, np.arange(59)), files | {"name": files["name"][::-1]}):
+def test_predictions_of_other_images_are_refused(here, phantom, refused):
+    """Exit code 2 and one line that names the file."""
+    for data in (fairdiff.subset(phantom, slice(59)), phantom | {"name": phantom["name"][::-1]}):
         fairdiff.save_set("other.npz", data)
-        assert run(fairness, ["table", "set.npz", "a=other.npz"]) == 2
-        line, = capsys.readouterr().err.splitlines()
-        assert "other.npz" in line
+        refused(fairness, "table", "set.npz", "a=other.npz", words="other.npz")

@@ -1,19 +1,21 @@
 """Table 1 with the paper's GANs: pix2pixHD, SPADE and OASIS, each as long in training as base and ControlNet.
 
-    python tests/experiments/table1.py --run out --out table1
+    python tests/experiments/table1.py --run out --out table1            --trials: only try the settings
 
 Trains compact versions of the three on the training set of a finished run of train.sh, generates an image for every
 mask of that run, prints Table 1 and the judge's Dice, and trains TransUNet on Equal Scale made with each method, three
 seeds. One core; what is done is skipped. Writes OUT/*.npz, OUT/grid.png and table1.csv beside this file.
-The three share conditions (one-hot mask and group), SPADE block, discriminator trunk, Adam (betas 0 and 0.99) and EMA;
-width 32 and the learning rates were set once, without trials.
+The three share conditions (one-hot mask and group), SPADE block, discriminator trunk, Adam (betas 0 and 0.99), batches
+of 8 and EMA. Each uses the setting in TRIALS that brought images over training masks nearest to training images, on
+development seed 10 after a third of the time. Frechet distances, mean over the groups: pix2pixHD 0.036, 0.044, 0.090;
+SPADE 0.060, 0.029, 0.052; OASIS 0.078, 0.075, 0.113.
 B batch, K channels of the condition c: 3 labels and G groups, C channels, H W image.
 """
 import argparse
 import copy
+import math
 import pathlib
 import re
-import subprocess
 import sys
 import time
 from itertools import accumulate, pairwise
@@ -31,8 +33,8 @@ import fairdiff  # noqa: E402
 import fairness  # noqa: E402
 import transunet  # noqa: E402
 
-METHODS = ("pix2pixHD", "SPADE", "OASIS")
-RATE = 4e-4                                             # learning rate of generators and discriminators
+TRIALS = ((16, 4e-4), (16, 1e-3), (32, 4e-4))           # width of both networks, their learning rate
+SETTINGS = {"pix2pixHD": TRIALS[0], "SPADE": TRIALS[1], "OASIS": TRIALS[1]}
 NOISE = 32                                              # channels of the noise
 
 # ---- Generators: c (B, K, H, W) to images (B, 1, H, W) in [-1, 1] ---------------------------------------------------
@@ -83,7 +85,6 @@ class SPADEGenerator(nn.Module):
         return torch.tanh(self.last(F.leaky_relu(x, 0.2)))
 
 def conv_in(c_in, c_out, stride=1):
-    """3x3 convolution, instance normalisation, ReLU."""
     return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1), nn.InstanceNorm2d(c_out), nn.ReLU())
 
 class Pix2pixHD(nn.Module):
@@ -154,10 +155,6 @@ def hinge(logits, sign):
     """The discriminator's hinge loss; sign 1 for real images, -1 for generated ones."""
     return sum(F.relu(1 - sign * x).mean() for x in logits)
 
-def matching(real, fake):
-    """Discriminator feature matching (pix2pixHD): mean absolute difference."""
-    return sum((a.detach() - b).abs().mean() for a, b in zip(real, fake, strict=True))
-
 def balanced_entropy(logits, label, mask):
     """Cross-entropy with pixels weighted by the inverse frequency of their label in the batch, mean weight 1."""
     share = F.one_hot(mask, 3).float().mean((0, 1, 2))
@@ -170,7 +167,8 @@ def generator_loss(method, d, fake, real, c, mask):
         return balanced_entropy(d(fake, c), mask, mask)
     logits, features = d(fake, c)
     adversarial = least_squares(logits, 1) if method == "pix2pixHD" else -sum(x.mean() for x in logits)
-    return adversarial + 10 * matching(d(real, c)[1], features)
+    matching = sum(F.l1_loss(a, b.detach()) for a, b in zip(features, d(real, c)[1], strict=True))
+    return adversarial + 10 * matching                                  # as in pix2pixHD
 
 def discriminator_loss(method, d, fake, real, c, mask):
     """How badly the discriminator tells generated from real images; OASIS: also LabelMix consistency."""
@@ -186,7 +184,7 @@ def discriminator_loss(method, d, fake, real, c, mask):
             + 10 * consistency)
 
 # ---- Training ---------------------------------------------------------------------------------------------------------
-def build(method, groups, width=32):
+def build(method, groups, width):
     """Generator and discriminator."""
     k = 3 + groups
     generator = Pix2pixHD(k, width) if method == "pix2pixHD" else SPADEGenerator(k, width, method == "OASIS")
@@ -197,34 +195,40 @@ def condition(mask, code, groups):
     group = F.one_hot(code, groups)[..., None, None].expand(-1, -1, *mask.shape[1:])
     return torch.cat([F.one_hot(mask, 3).movedim(-1, 1), group], 1).float()
 
-def train(method, data, code, groups, seconds=None, steps=None, batch=8):
-    """Train for so many seconds or steps; returns the EMA of the generator."""
+def update(optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+def train(method, setting, data, code, groups, seconds=math.inf, steps=math.inf, batch=8):
+    """Train for so many seconds of a core, or steps; returns the EMA of the generator."""
     torch.manual_seed(0)
-    g, d = build(method, groups)
+    width, rate = setting
+    g, d = build(method, groups, width)
     ema = copy.deepcopy(g).requires_grad_(False)
-    optimizer_g = torch.optim.Adam(g.parameters(), RATE, (0.0, 0.99))
-    optimizer_d = torch.optim.Adam(d.parameters(), RATE, (0.0, 0.99))
+    optimizer_g = torch.optim.Adam(g.parameters(), rate, (0.0, 0.99))
+    optimizer_d = torch.optim.Adam(d.parameters(), rate, (0.0, 0.99))
     image, mask = torch.as_tensor(data["image"])[:, None], torch.as_tensor(data["mask"])
     odds = transunet.draw_weights(code, "oversample")                   # groups equally often, as in controlnet.py
-    code, start, step = torch.as_tensor(code), time.monotonic(), 0
-    while step < steps if steps else time.monotonic() - start < seconds:
+    code, start, step = torch.as_tensor(code), time.process_time(), 0
+    while step < steps and time.process_time() - start < seconds:
         index = torch.multinomial(odds, batch, replacement=True)
         real, m = image[index].float() / 127.5 - 1, mask[index].long()
         if torch.rand(()) < 0.5:                                        # left and right eyes
             real, m = real.flip(-1), m.flip(-1)
         c = condition(m, code[index], groups)
-        fake = g(c)
-        optimizer_d.zero_grad()
-        discriminator_loss(method, d, fake.detach(), real, c, m).backward()
-        optimizer_d.step()
-        optimizer_g.zero_grad()
-        generator_loss(method, d, fake, real, c, m).backward()
-        optimizer_g.step()
+        with fairdiff.autocast(c.device):
+            fake = g(c)
+            loss = discriminator_loss(method, d, fake.detach(), real, c, m)
+        update(optimizer_d, loss)
+        with fairdiff.autocast(c.device):
+            loss = generator_loss(method, d, fake, real, c, m)
+        update(optimizer_g, loss)
         step += 1
         for average, value in zip(ema.state_dict().values(), g.state_dict().values(), strict=True):
             if value.is_floating_point():
                 average.lerp_(value, max(0.005, 9 / (10 + step)))
-    print(f"{method}: {step} steps in {time.monotonic() - start:.0f} s")
+    print(f"{method}, width {width}, rate {rate}: {step} steps in {time.process_time() - start:.0f} s", flush=True)
     return ema
 
 @torch.no_grad()
@@ -237,14 +241,12 @@ def generate(ema, masks, code, groups, seed=0):
 
 def downstream(run, out, label, path, seed):
     """Worst-group Dice of a TransUNet trained on Equal Scale with these synthetic images."""
-    pred = out / f"pred-{label.replace(' ', '-')}-{seed}.npz"
-    name = str(pred)[:-4]
-    for file, *command in (["fairdiff.py", "mix", run / "data/train.npz", path, "--out", f"{name}-mixed.npz"],
-                           ["transunet.py", "train", f"{name}-mixed.npz", "--seed", str(seed), "--out", f"{name}.pt"],
-                           ["transunet.py", "predict", f"{name}.pt", run / "data/test.npz", "--out", pred]):
-        if not pred.exists():
-            subprocess.run([sys.executable, ROOT / file, *command], check=True, capture_output=True)
-    truth, pred = fairdiff.load_set(run / "data/test.npz"), fairdiff.load_set(pred)["mask"]
+    name = f"{out}/{label}-{seed}".replace(" ", "-")
+    if not pathlib.Path(f"{name}.npz").exists():
+        fairdiff.mix(f"{run}/data/train.npz", [path], f"{name}-mixed.npz")
+        transunet.train(f"{name}-mixed.npz", f"{name}.pt", seed=seed)
+        transunet.predict(f"{name}.pt", f"{run}/data/test.npz", f"{name}.npz")
+    truth, pred = fairdiff.load_set(f"{run}/data/test.npz"), fairdiff.load_set(f"{name}.npz")["mask"]
     scores = np.mean([fairness.dice(pred, truth["mask"], label) for label in (1, 2)], 0)
     return min(scores[truth["race"] == name].mean() for name in np.unique(truth["race"]))
 
@@ -252,36 +254,42 @@ def main(argv=None):
     parser = argparse.ArgumentParser()
     parser.add_argument("--run", type=pathlib.Path, default="out", help="folder of a finished train.sh")
     parser.add_argument("--out", type=pathlib.Path, default="table1", help="folder for what is made")
-    parser.add_argument("--steps", type=int, help="of each training, in place of the run's seconds")
+    parser.add_argument("--trials", action="store_true", help="compare the settings in TRIALS, on the training part")
+    parser.add_argument("--steps", type=int, default=math.inf, help="of each training, at most")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of the TransUNets on Equal Scale")
     parser.add_argument("--csv", default=str(pathlib.Path(__file__).with_name("table1.csv")))
     args = parser.parse_args(argv)
     run, out = args.run, args.out
     log = (run / "log/seconds.txt").read_text()
     seconds = sum(map(int, re.findall(r"(\d+) s  (?:base|control-all)$", log, re.M)))
-    print(f"{seconds} s for each training, as base and ControlNet took together")
-    data, masks = fairdiff.load_set(run / "data/train.npz"), fairdiff.load_set(run / "masks-all.npz")
+    jobs, test, masks = SETTINGS, f"{run}/data/test.npz", fairdiff.load_set(run / "masks-all.npz")
+    data = fairdiff.load_set(run / "data/train.npz")
+    if args.trials:
+        jobs = {f"{method} {setting}": setting for method in SETTINGS for setting in TRIALS}
+        seconds, test, masks = seconds / 3, f"{run}/data/train.npz", data
+    print(f"{seconds:.0f} s of one core for each training; base and ControlNet took as long together, with --trials 3 x")
     code, names = fairdiff.group_codes(data, "race")
     mask_code, _ = fairdiff.group_codes(masks, "race", names)
     sets = {"base": run / "base-alone.npz"}
-    for method in METHODS:
-        sets[method] = out / f"{method}.npz"
-        if not sets[method].exists():
-            ema = train(method, data, code, len(names), seconds, args.steps)
+    for label, setting in jobs.items():
+        sets[label] = out / f"{label}.npz"
+        if not sets[label].exists():
+            ema = train(label.split()[0], setting, data, code, len(names), seconds, args.steps)
             image = generate(ema, masks["mask"], mask_code, len(names))
-            fairdiff.save_set(sets[method], masks | {"image": image})
+            fairdiff.save_set(sets[label], masks | {"image": image})
     sets |= {"without points": run / "real-masks-all.npz", "with points": run / "synthetic-all.npz"}
-    judge, real = run / "judge-1000.pt", [run / "data/train.npz", run / "data/test.npz"]
     items = [f"{label}={path}" for label, path in sets.items()]
-    exit_code = controlnet.main([*map(str, ["evaluate", judge, *real, *items, "--out", args.csv])])
+    controlnet.evaluate(run / "judge-1000.pt", run / "data/train.npz", test, items, args.csv)
+    if args.trials:
+        return
     rows = np.concatenate([np.flatnonzero(mask_code == g)[:4] for g in range(len(names))])
-    columns = [fairdiff.load_set(path)["image"][rows] for label, path in sets.items() if label in (*METHODS, "with points")]
-    fairdiff.save_grid(out / "grid.png", [127 * masks["mask"][rows], *columns], ["mask", *METHODS, "ControlNet"])
+    columns = [fairdiff.load_set(sets[label])["image"][rows] for label in (*SETTINGS, "with points")]
+    fairdiff.save_grid(out / "grid.png", [127 * masks["mask"][rows], *columns], ["mask", *SETTINGS, "ControlNet"])
     for label, path in list(sets.items())[1:] if args.seeds else ():
         worst = [downstream(run, out, label, path, seed) for seed in args.seeds]
         half = 4.30 * np.std(worst, ddof=1) / np.sqrt(3) if len(worst) == 3 else np.nan     # Student's t, 2 degrees
         print(f"TransUNet on Equal Scale with {label}: worst group {np.mean(worst):.4f} ± {half:.4f}", flush=True)
-    return exit_code
 
 if __name__ == "__main__":
-    sys.exit(main())
+    torch.set_num_threads(1)
+    main()
