@@ -128,11 +128,11 @@ class ControlNet(nn.Module):
 
 # ---- Training -----------------------------------------------------------------------------------
 def build(config):
-    """The network of a checkpoint's config, and its diffusion."""
+    """The network of a checkpoint's config."""
     net = UNet(len(config["groups"]), config["widths"], config["patch"])
     if config["kind"] == "control":
         net = ControlNet(net, config["lock"])
-    return net, DDPM()
+    return net
 
 def mask_weight(mask):
     """Loss weights (B, 1, H, W), mean 1: the disc counts fivefold, small cups as much as large."""
@@ -155,8 +155,7 @@ def train_base(dataset, out="base.pt", attribute="race", width=32, patch: int = 
     config |= {"groups": names, "patch": patch or max(fitting, default=2),
                "mean": float(data["image"].mean()), "std": float(data["image"].std()) + 1e-6}
     torch.manual_seed(seed)
-    net, _ = build(config)
-    fit(net, config, data, out, device)
+    fit(build(config), config, data, out, device)
 
 def train_control(dataset, base, out="control.pt", group: str = None, lock=False, steps=2600,
                   batch=8, lr=2e-3, seed=0, device="auto"):
@@ -164,7 +163,7 @@ def train_control(dataset, base, out="control.pt", group: str = None, lock=False
     lock: freeze the decoder, too, as the paper does."""
     settings = locals() | {"kind": "control"}
     data = load_set(dataset)
-    net, _, config = load_generator(base, "cpu", ["base"])
+    net, config = load_generator(base, "cpu", ["base"])
     config |= settings | {"base": fingerprint(*net.state_dict().values())}
     code, _ = group_codes(data, config["attribute"], [group] if group else config["groups"])
     data = subset(data, code >= 0) if group else data
@@ -207,20 +206,20 @@ def fit(net, config, data, out, device):
         run.update(loss)
     show = torch.multinomial(odds, 24, replacement=True).cpu().numpy()
     data = subset(data, show)
-    data["image"] = sample_images(run.ema, ddpm, config, code[show], data["mask"], device)
+    data["image"] = sample_images(run.ema, config, code[show], data["mask"], device)
     if config["kind"] == "base":
         data["mask"] *= 0                               # no outlines: the base sees no masks
     save_group_grid(f"{out}.png", data, config["attribute"])
 
 # ---- Sampling -----------------------------------------------------------------------------------
 def load_generator(path, device, kinds=("base", "control")):
-    """The trained network (EMA weights) of a checkpoint, its diffusion and its config."""
+    """The trained network (EMA weights) of a checkpoint, and its config."""
     state = load_checkpoint(path, kinds)
-    net, ddpm = build(state["config"])
+    net = build(state["config"])
     net.load_state_dict(state["ema"])
-    return net.to(device), ddpm, state["config"]
+    return net.to(device), state["config"]
 
-def sample_images(net, ddpm, config, code, mask, device, steps=8, seed=0, batch=100):
+def sample_images(net, config, code, mask, device, steps=8, seed=0, batch=100):
     """Images uint8 (N, H, W) of groups code (N,), over masks (N, H, W) if net is a ControlNet."""
     net.eval()
     mean, std = config["mean"], config["std"]
@@ -230,7 +229,7 @@ def sample_images(net, ddpm, config, code, mask, device, steps=8, seed=0, batch=
         group = torch.as_tensor(code[i:i + batch], device=device)
         m = torch.as_tensor(mask[i:i + batch], device=device).long()
         with autocast(device):
-            x = ddpm.sample(net, (len(m), 1, *m.shape[1:]), group, m, steps=steps,
+            x = DDPM().sample(net, (len(m), 1, *m.shape[1:]), group, m, steps=steps,
                             generator=generator, clip=(-mean / std, (255 - mean) / std))
         images[i:i + batch] = (x[:, 0] * std + mean).round().byte().cpu().numpy()
     return images
@@ -242,7 +241,7 @@ def sample(checkpoint, masks, out="synthetic.npz", n: int = None, equal=False, s
     Scale needs, if masks are the real set; steps: of denoising."""
     device, _ = setup(device)
     data = load_set(masks)
-    net, ddpm, config = load_generator(checkpoint, device)
+    net, config = load_generator(checkpoint, device)
     code, names = group_codes(data, config["attribute"], config["groups"])
     groups = [config["group"]] if config.get("group") else names
     n = round((code >= 0).sum() / len(names)) + 1 if equal else n
@@ -253,8 +252,7 @@ def sample(checkpoint, masks, out="synthetic.npz", n: int = None, equal=False, s
     data = subset(data, rows)
     data["name"] = np.array([f"{name}-{i}" for i, name in enumerate(data["name"])])
     data["synthetic"][:] = True
-    data["image"] = sample_images(net, ddpm, config, code[rows], data["mask"], device,
-                                  steps, seed)
+    data["image"] = sample_images(net, config, code[rows], data["mask"], device, steps, seed)
     save_set(out, data)
     save_group_grid(f"{out}.png", data, config["attribute"])
     print(f"{out}: {len(rows)} images")

@@ -218,8 +218,7 @@ def render_phantom(mask, race, seed, shift=1.0):
 
 def make_phantom(n, size, seed, shift=1.0, balance=None, rare=None):
     """A dataset of n phantom patients, size x size pixels, the same for the same seed.
-    shift: how far the races differ; balance: a column whose groups are made equally large; rare:
-    how many of the rarest race stay, the others become of the most frequent one."""
+    shift, balance, rare: as in the command phantom."""
     rng = np.random.default_rng((seed, 2))
     data = {"name": np.array([f"phantom-{seed}-{i:05d}" for i in range(n)])}
     for attribute, shares in MARGINALS.items():
@@ -261,13 +260,10 @@ def crop_and_resize(image, mask, crop, size):
     """Cut a square out of image and mask, uint8 (H, W), and resize both to size x size.
     crop: the side of the largest centred square, or "disc": a square around the disc."""
     h, w = mask.shape
-    side = min(h, w) if crop == "disc" else min(h, w, crop)
-    top, left = (h - side) / 2, (w - side) / 2
-    if crop == "disc" and mask.any():
-        y, x = np.nonzero(mask)
-        side = min(h, w, 2.5 * max(np.ptp(y), np.ptp(x)) + 1)
-        top = np.clip((y.min() + y.max() - side) / 2, 0, h - side)
-        left = np.clip((x.min() + x.max() - side) / 2, 0, w - side)
+    y, x = np.nonzero(mask if crop == "disc" and mask.any() else np.ones_like(mask))
+    side = min(h, w, 2.5 * max(np.ptp(y), np.ptp(x)) + 1 if crop == "disc" else crop)
+    top = np.clip((y.min() + y.max() + 1 - side) / 2, 0, h - side)
+    left = np.clip((x.min() + x.max() + 1 - side) / 2, 0, w - side)
     box = (left, top, left + side, top + side)
     image = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box)
     mask = Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST, box)
@@ -345,8 +341,7 @@ def number_or_disc(text):
 def fairseg(folder, out="data", size=64, crop: number_or_disc = 512, split: list = None,
             attribute: str = None, test_share=0.2, skip_bad=False):
     """Import a folder of Harvard-FairSeg files.
-    crop: side of the centred square, or disc: around the disc; split: TRAIN.txt TEST.txt, by
-    default those in the folder; attribute: a group column that must be there."""
+    crop: side of the centred square, or disc: around the disc; split: TRAIN.txt TEST.txt."""
     folder = pathlib.Path(folder)
     paths = sorted(folder.rglob("[!.]*.npz"))                           # macOS hides copies
     lists = split or [*folder.glob("train.txt"), *folder.glob("test.txt")]
@@ -672,7 +667,7 @@ def phantom(out="data", train=1000, test=2000, size=64, seed=0, shift=1.0, balan
             rare: int = None, attribute="race"):
     """Draw phantom patients: OUT/train.npz and, unless --test is 0, OUT/test.npz.
     shift: how far the races differ; balance: a column whose groups are made equal in size; rare:
-    at most so many Asian patients stay, others become White; attribute: column of the picture."""
+    so many Asian patients stay, others become White; attribute: the column in the picture."""
     seed = 4 * seed + 2 * bool(balance)                 # sets of one seed share no patient
     parts = {"train": make_phantom(train, size, seed, shift, balance, rare)}
     if test:

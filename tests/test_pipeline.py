@@ -24,7 +24,7 @@ ROOT = pathlib.Path(fairdiff.__file__).parent
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A clean copy of the files, with a python3 in bin that is the one of the tests, and one in idle that does nothing."""
+    """A copy of the files, with a python3 in bin that is the one of the tests, and one in idle that does nothing."""
     folder = tmp_path_factory.mktemp("folder")
     for path in (*ROOT.glob("*.py"), ROOT / "train.sh"):
         shutil.copy(path, folder)

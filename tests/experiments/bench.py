@@ -93,7 +93,7 @@ def main():
     net = controlnet.ControlNet(controlnet.UNet(3)).to(device)
     config = {"kind": "control", "mean": 100.0, "std": 40.0}
     row(f"ControlNet, sampling {batch}, 8 steps", batch, lambda: controlnet.sample_images(
-        net, ddpm, config, np.zeros(batch, int), masks, device))
+        net, config, np.zeros(batch, int), masks, device))
     training(f"TransUNet compact, step of {batch}, {size} px", batch, transunet.TransUNet(),
              lambda net: transunet.seg_loss(net(image), mask))
     net = transunet.TransUNet().to(device)

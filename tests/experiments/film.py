@@ -24,10 +24,10 @@ class Recorder(torch.nn.Module):
     def __init__(self, net):
         super().__init__()
         self.net = net
-        self.frames = []
+        self.inputs = []
 
     def forward(self, x, *condition):
-        self.frames.append(x.cpu().numpy())
+        self.inputs.append(x[0].cpu().numpy())
         return self.net(x, *condition)
 
 def draw_points(points):
@@ -41,47 +41,38 @@ def draw_points(points):
 
 def enlarge(array):
     """A grey array (H, W) as a picture of the film's size."""
-    return Image.fromarray(array.astype(np.uint8)).convert("RGB").resize((SIDE, SIDE), Image.Resampling.NEAREST)
+    return Image.fromarray(array.clip(0, 255).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.NEAREST)
 
-def frames_of_group(out, g, seed):
-    """The group's name and the pictures (caption, picture, milliseconds) of its sampling."""
-    device, state = torch.device("cpu"), fairdiff.load_checkpoint(out / "points-all.pt", ("points",))
-    config = state["config"]
+def pictures_of_group(out, g):
+    """The group's name and the pictures of its sampling; those to look at are held."""
+    state = fairdiff.load_checkpoint(out / "points-all.pt", ("points",))
+    config, generator, group = state["config"], torch.Generator().manual_seed(g), torch.tensor([g])
     net, ddpm = pointdiff.build(config)
     net.load_state_dict(state["ema"])
-    generator, group = torch.Generator().manual_seed(seed + g), torch.tensor([g])
+    recorder, z = Recorder(net), net.sample_prior(group, generator)
+    x = ddpm.sample(recorder, (1, config["points"], 3), group, z, steps=16, generator=generator)
+    clouds = [cloud * config["std"] + config["mean"] for cloud in (*recorder.inputs, x[0].numpy())]
+    mask = pointdiff.points_to_mask(clouds[-1], config["size"], pointdiff.SMOOTH)
+    net, config = controlnet.load_generator(out / "control-all.pt", "cpu")
     recorder = Recorder(net)
-    x = ddpm.sample(recorder, (1, config["points"], 3), group, net.sample_prior(group, generator), steps=32, generator=generator)
-    frames, std, mean = [], np.array(config["std"]), np.array(config["mean"])
-    for noisy in [*recorder.frames[::2], x.numpy()]:
-        frames.append(("noise becomes points", draw_points(noisy[0] * std + mean), 80))
-    mask = pointdiff.points_to_mask(x[0].numpy() * std + mean, config["size"], pointdiff.SMOOTH)
-    frames.append(("the points are a mask", enlarge(127 * mask), 1200))
-    net, ddpm, config = controlnet.load_generator(out / "control-all.pt", device)
-    recorder = Recorder(net)
-    image = controlnet.sample_images(recorder, ddpm, config, np.array([g]), mask[None], device, 20, seed)
-    for noisy in recorder.frames:
-        frames.append(("noise over the mask becomes an image",
-                       enlarge((noisy[0, 0] * config["std"] + config["mean"]).clip(0, 255)), 120))
-    frames.append(("the image of the mask", enlarge(image[0]), 2500))
-    return config["groups"][g], frames
+    image = controlnet.sample_images(recorder, config, np.array([g]), mask[None], torch.device("cpu"), steps=20)
+    noisy = [x[0] * config["std"] + config["mean"] for x in recorder.inputs]
+    pictures = [*map(draw_points, clouds), *[enlarge(127 * mask)] * 12, *map(enlarge, noisy), *[enlarge(image[0])] * 25]
+    return config["groups"][g], pictures
 
 def main():
     """Write the animation and copy the pictures."""
     out = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "out")
-    columns = [frames_of_group(out, g, seed=3) for g in range(3)]
-    film, times = [], []
-    for tiles in zip(*(frames for _, frames in columns), strict=True):
-        picture = Image.new("RGB", (len(columns) * (SIDE + 4) - 4, SIDE + 40), "white")
-        pen = ImageDraw.Draw(picture)
-        pen.text((4, 3), tiles[0][0], "black", font_size=14)
-        for i, (_, tile, _) in enumerate(tiles):
-            picture.paste(tile, (i * (SIDE + 4), 22))
-            pen.text((i * (SIDE + 4) + 4, SIDE + 23), columns[i][0], "black", font_size=13)
-        film.append(picture.quantize(64))
-        times.append(tiles[0][2])
+    names, columns = zip(*[pictures_of_group(out, g) for g in range(3)], strict=True)
+    film = []
+    for tiles in zip(*columns, strict=True):
+        frame = Image.new("RGB", (3 * SIDE + 8, SIDE + 20), "white")
+        for i, tile in enumerate(tiles):
+            frame.paste(tile, (i * (SIDE + 4), 0))
+            ImageDraw.Draw(frame).text((i * (SIDE + 4) + 4, SIDE + 2), names[i], "black", font_size=13)
+        film.append(frame.quantize(64))
     path = root / "assets/method.gif"
-    film[0].save(path, save_all=True, append_images=film[1:], duration=times, loop=0, optimize=True)
+    film[0].save(path, save_all=True, append_images=film[1:], duration=100, loop=0, optimize=True)
     shutil.copy(out / "data/train.npz.png", root / "assets/phantom.png")
     shutil.copy(out / "synthetic-all.npz.png", root / "assets/synthetic.png")
     print(f"{path}: {len(film)} frames, {path.stat().st_size / 1e6:.2f} MB")
