@@ -250,11 +250,11 @@ def test_dialects_and_lists_of_fairseg(here, refused):
     assert run(fairdiff, "fairseg", "f", "--skip-bad") == 0
     assert [name[-1] for part in ("train", "test") for name in imported(part)["name"]] == [*"3412"]
 
-@pytest.mark.parametrize("pipe, settings", [("| head -n 0", "PYTHONUNBUFFERED=1"), ("", "PYTHONIOENCODING=ascii")])
-def test_a_closed_pipe_and_an_ascii_terminal_do_no_harm(here, pipe, settings):
+@pytest.mark.parametrize("pipe, env", [("| head -n 0", "PYTHONUNBUFFERED=1"), ("", "PYTHONIOENCODING=ascii LC_ALL=C")])
+def test_a_closed_pipe_and_an_ascii_terminal_do_no_harm(here, pipe, env):
     """A reader that stops, and letters that a terminal lacks: no traceback, and the files are there."""
     fairdiff.save_set("own.npz", tiny(["\u00c5s", "\u7720"] * 10))
-    command = f'{settings} "{sys.executable}" "{os.path.abspath(fairdiff.__file__)}" split own.npz {pipe}'
+    command = f'{env} "{sys.executable}" "{os.path.abspath(fairdiff.__file__)}" split own.npz {pipe}'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert "Traceback" not in done.stderr and "Error" not in done.stderr, done.stderr
     assert len(imported()["name"]) == 20

@@ -12,6 +12,7 @@ import concurrent.futures
 import csv
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -93,15 +94,10 @@ def measure(out, seed):
         for line in csv.DictReader((out / file).read_text().splitlines()):
             label = " ".join([line.get("group", ""), line[key]]).strip()
             yield label, f"memorised {key}", line["memorised"]
-    if not (out / "log/study-judge.txt").exists():
-        return
-    lines = (out / "log/study-judge.txt").read_text().splitlines()
-    heads = [word.strip() for word in next(line for line in lines if "Asian" in line).split("|")]
-    for line in lines:
-        words = [word.strip() for word in line.split("|")]
-        if len(words) > 2 and words[1] in ("real", "rendered-all", "synthetic-all", "rendered", "synthetic"):
-            if len(words) == len(heads):
-                yield from [(words[1], f"judge {name}", words[heads.index(name)]) for name in names]
+    judge = out / "log/study-judge.txt"
+    text = judge.read_text() if judge.exists() else ""
+    for label, *values in re.findall(r"^\| (real|rendered|synthetic) +\| (\S+) +\| (\S+) +\| (\S+) +\|$", text, re.M):
+        yield from [(label, f"judge {name}", value) for name, value in zip(names, values, strict=True)]
 
 def interval(values):
     """Mean and half the width of the 95 % interval over seeds (Student's t)."""
