@@ -230,8 +230,10 @@ class DDPM:
         return (weight * (prediction - target) ** 2).mean()
 
     @torch.no_grad()
-    def sample(self, net, shape, *condition, steps=10, generator, clip=(-math.inf, math.inf)):
-        """Samples by DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2); clip: bounds of x_0."""
+    def sample(self, net, shape, *condition, steps=10, eta=0.0, generator,
+               clip=(-math.inf, math.inf)):
+        """Samples by DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2); clip: bounds of x_0.
+        eta 1: by DDIM with new noise in every step (Song et al. 2021), which varies more."""
         x = torch.randn(shape, generator=generator, device=generator.device)
         # steps lie densest where the noise is strong, and at its end, where it is as fine as grain
         turn = torch.linspace(0, 0.9 * math.pi, steps)
@@ -249,8 +251,12 @@ class DDPM:
             x0 = x0.clamp(*clip)
             if i + 1 == len(times):
                 return x0
-            target = x0 + slope[i] * (x0 - x0_before)                   # D_i: where x0 is heading
-            x = sigma[i + 1] / sigma[i] * x + alpha[i + 1] * (1 - (-width[i]).exp()) * target
+            target = x0 + (1 - eta) * slope[i] * (x0 - x0_before)       # D_i: where x0 is heading
+            kept = sigma[i + 1] / sigma[i] * (-eta * width[i]).exp()
+            x = kept * x + alpha[i + 1] * (1 - (-(1 + eta) * width[i]).exp()) * target
+            if eta > 0:
+                std = sigma[i + 1] * (1 - (-2 * eta * width[i]).exp()).sqrt()
+                x = x + std * torch.randn(shape, generator=generator, device=x.device)
             x0_before = x0
 
 # ---- Training -----------------------------------------------------------------------------------
@@ -307,7 +313,7 @@ def train(dataset, out="points.pt", attribute="race", group: str = None, width=9
 
 # ---- Sampling -----------------------------------------------------------------------------------
 def sample(checkpoint, out="masks.npz", group: str = None, n: int = None, size: int = None,
-           steps=16, keep_invalid=False, seed=0, device="auto"):
+           steps=32, keep_invalid=False, seed=0, device="auto"):
     """Sample n masks, with black images, of one group or of all; default: enough for Equal Scale.
     size: pixels a side, by default as trained; keep_invalid: for models that are hardly trained."""
     device, _ = setup(device)
@@ -328,7 +334,7 @@ def sample(checkpoint, out="masks.npz", group: str = None, n: int = None, size: 
         while len(clouds) < n:
             code = torch.full((min(100, n - len(clouds) + 4),), g, device=device)
             z = net.sample_prior(code, generator)
-            x = ddpm.sample(net, (len(code), config["points"], 3), code, z, steps=steps,
+            x = ddpm.sample(net, (len(code), config["points"], 3), code, z, steps=steps, eta=1.0,
                             generator=generator, clip=(-4, 4))
             x = x.cpu().numpy() * np.float32(config["std"]) + np.float32(config["mean"])
             clouds += [cloud for cloud in x if keep_invalid or is_valid(cloud)]

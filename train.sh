@@ -31,9 +31,9 @@ cores=$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN) keep="" network=""
 SCALE=${SCALE:-$("$python" -c 'import torch; print("gpu" if torch.cuda.is_available() else "cpu")')}
 case $SCALE in
   smoke) size=32 train=96 test=60 rare="" batch=8 points=60 base=10 control=10 seg=10 masks=8 images=4 lanes=$cores keep=1 ;;
-  cpu) size=64 train=1000 test=2000 rare=30 batch=8 points=2800 base=200 control=2600 seg=1120 masks=16 images=8 lanes=$cores ;;
-  gpu) size=128 train=8000 test=2000 rare="" batch=48 points=10000 base=3000 control=6000 seg=3000 masks=16 images=20 lanes="" ;;
-  paper) size=224 train=8000 test=2000 rare="" batch=48 points="2000000 --batch 48 --lr 1e-4 --points 512" base=50000 control=100000 seg=50000 masks=16 images=20 lanes="" network="--base --optimizer sgd" ;;
+  cpu) size=64 train=1000 test=2000 rare=30 batch=8 points=2800 base=200 control=2600 seg=1120 masks=32 images=8 lanes=$cores ;;
+  gpu) size=128 train=8000 test=2000 rare="" batch=48 points=10000 base=3000 control=6000 seg=3000 masks=32 images=20 lanes="" ;;
+  paper) size=224 train=8000 test=2000 rare="" batch=48 points="2000000 --batch 48 --lr 1e-4 --points 512" base=50000 control=100000 seg=50000 masks=32 images=20 lanes="" network="--base --optimizer sgd" ;;
   *) die "SCALE=$SCALE: expected smoke, cpu, gpu or paper" ;;
 esac
 [ -z "$lanes" ] || METHODS=${METHODS:-plain oversample equal oracle}

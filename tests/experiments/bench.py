@@ -83,8 +83,8 @@ def main():
     training("PointNet, step of 32 x 256 points", 32, pointdiff.PointNet(3),
              lambda net: ddpm.loss(net, x, group, net.encode(x)[0]))
     net = pointdiff.PointNet(3).to(device)
-    row("PointNet, sampling 32 clouds, 16 steps", 32, lambda: ddpm.sample(
-        net, (32, 256, 3), group, steps=16, generator=torch.Generator(device)))
+    row("PointNet, sampling 32 clouds, 32 steps", 32, lambda: ddpm.sample(
+        net, (32, 256, 3), group, steps=32, eta=1.0, generator=torch.Generator(device)))
     image, group = torch.randn(batch, 1, size, size, device=device), group.repeat(2)[:batch]
     mask = torch.as_tensor(masks, device=device).long()
     training(f"UNet, step of {batch}, {size} px", batch, controlnet.UNet(3), lambda net: ddpm.loss(net, image, group))

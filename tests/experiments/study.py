@@ -7,7 +7,6 @@ four more TransUNets: the losses of GroupDRO and FairSeg without their groups, a
 generated, the other half from the phantom. What is in study.csv is not made again. Writes study.csv beside this file
 and assets/study.svg. Seeds 10, 11 and 12 are for choices, seeds 0 to 4 are reported. All is made on the phantom.
 """
-import argparse
 import concurrent.futures
 import csv
 import os
@@ -153,29 +152,23 @@ def chart(table, path):
                     f"<text x='580' y='{80 + 24 * k}' fill='{colour}'>{row}</text>")
     pathlib.Path(path).write_text("\n".join([*text, "</svg>\n"]), encoding="utf-8")
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", default="study", help="folder of the runs")
-    parser.add_argument("--rare", type=int, nargs="+", default=[30])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--csv", default=str(HERE / "study.csv"))
-    args = parser.parse_args()
+def main(out="study", rare: list = ("30",), seeds: list = ("0", "1", "2", "3", "4"), csv_file=str(HERE / "study.csv")):
+    """Make every cell that is not in the CSV file yet, print the summary and draw the chart."""
     table = {}
-    if os.path.exists(args.csv):
-        with open(args.csv, encoding="utf-8") as file:
+    if os.path.exists(csv_file):
+        with open(csv_file, encoding="utf-8") as file:
             table = {(int(r), int(s), row, name): float(value) for r, s, row, name, value in list(csv.reader(file))[1:]}
-    for seed in args.seeds:
-        for rare in args.rare:
-            if (rare, seed, "oracle", "worst") in table:
+    for seed in map(int, seeds):
+        for n in map(int, rare):
+            if (n, seed, "oracle", "worst") in table:
                 continue
-            out = pathlib.Path(args.out).resolve() / f"{rare}-{seed}"
-            cell(out, rare, seed)
-            table |= {(rare, seed, row, name): float(value) for row, name, value in measure(out, seed)}
-            with fairdiff.replacing(args.csv) as path, open(path, "w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([["rare", "seed", "row", "measure", "value"],
-                                            *([*key, f"{value:.6f}"] for key, value in sorted(table.items()))])
+            folder = pathlib.Path(out).resolve() / f"{n}-{seed}"
+            cell(folder, n, seed)
+            table |= {(n, seed, row, name): float(value) for row, name, value in measure(folder, seed)}
+            lines = [[*key, f"{value:.6f}"] for key, value in sorted(table.items())]
+            fairness.save_csv(csv_file, [["rare", "seed", "row", "measure", "value"], *lines])
     summary(table)
     chart(table, HERE.parent.parent / "assets/study.svg")
 
 if __name__ == "__main__":
-    main()
+    sys.exit(fairdiff.command_line(main, argv=["main", *sys.argv[1:]]))

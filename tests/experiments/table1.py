@@ -11,7 +11,6 @@ development seed 10 after a third of the time. Frechet distances, mean over the 
 SPADE 0.060, 0.029, 0.052; OASIS 0.078, 0.075, 0.113.
 B batch, K channels of the condition c: 3 labels and G groups, C channels, H W image.
 """
-import argparse
 import copy
 import math
 import pathlib
@@ -35,6 +34,7 @@ import transunet  # noqa: E402
 
 TRIALS = ((16, 4e-4), (16, 1e-3), (32, 4e-4))           # width of both networks, their learning rate
 SETTINGS = {"pix2pixHD": TRIALS[0], "SPADE": TRIALS[1], "OASIS": TRIALS[1]}
+TABLE = str(pathlib.Path(__file__).with_name("table1.csv"))
 NOISE = 32                                              # channels of the noise
 
 # ---- Generators: c (B, K, H, W) to images (B, 1, H, W) in [-1, 1] ---------------------------------------------------
@@ -244,27 +244,21 @@ def downstream(run, out, label, path, seed):
     name = f"{out}/{label}-{seed}".replace(" ", "-")
     if not pathlib.Path(f"{name}.npz").exists():
         fairdiff.mix(f"{run}/data/train.npz", [path], f"{name}-mixed.npz")
-        transunet.train(f"{name}-mixed.npz", f"{name}.pt", seed=seed)
+        transunet.train(f"{name}-mixed.npz", f"{name}.pt", seed=int(seed))
         transunet.predict(f"{name}.pt", f"{run}/data/test.npz", f"{name}.npz")
     truth, pred = fairdiff.load_set(f"{run}/data/test.npz"), fairdiff.load_set(f"{name}.npz")["mask"]
     scores = np.mean([fairness.dice(pred, truth["mask"], label) for label in (1, 2)], 0)
     return min(scores[truth["race"] == name].mean() for name in np.unique(truth["race"]))
 
-def main(argv=None):
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--run", type=pathlib.Path, default="out", help="folder of a finished train.sh")
-    parser.add_argument("--out", type=pathlib.Path, default="table1", help="folder for what is made")
-    parser.add_argument("--trials", action="store_true", help="compare the settings in TRIALS, on the training part")
-    parser.add_argument("--steps", type=int, default=math.inf, help="of each training, at most")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of the TransUNets on Equal Scale")
-    parser.add_argument("--csv", default=str(pathlib.Path(__file__).with_name("table1.csv")))
-    args = parser.parse_args(argv)
-    run, out = args.run, args.out
+def main(run="out", out="table1", trials=False, steps: int = None, seeds: list = ("0", "1", "2"), csv=TABLE):
+    """Make Table 1 from the folder `run` of a finished train.sh, in the folder `out`.
+    trials: compare the settings in TRIALS, on the training part; steps: of each training, at most; seeds: of TransUNet."""
+    run, out = pathlib.Path(run), pathlib.Path(out)
     log = (run / "log/seconds.txt").read_text()
     seconds = sum(map(int, re.findall(r"(\d+) s  (?:base|control-all)$", log, re.M)))
     jobs, test, masks = SETTINGS, f"{run}/data/test.npz", fairdiff.load_set(run / "masks-all.npz")
     data = fairdiff.load_set(run / "data/train.npz")
-    if args.trials:
+    if trials:
         jobs = {f"{method} {setting}": setting for method in SETTINGS for setting in TRIALS}
         seconds, test, masks = seconds / 3, f"{run}/data/train.npz", data
     print(f"{seconds:.0f} s of one core for each training; base and ControlNet took as long together, with --trials 3 x")
@@ -274,22 +268,22 @@ def main(argv=None):
     for label, setting in jobs.items():
         sets[label] = out / f"{label}.npz"
         if not sets[label].exists():
-            ema = train(label.split()[0], setting, data, code, len(names), seconds, args.steps)
+            ema = train(label.split()[0], setting, data, code, len(names), seconds, steps or math.inf)
             image = generate(ema, masks["mask"], mask_code, len(names))
             fairdiff.save_set(sets[label], masks | {"image": image})
     sets |= {"without points": run / "real-masks-all.npz", "with points": run / "synthetic-all.npz"}
     items = [f"{label}={path}" for label, path in sets.items()]
-    controlnet.evaluate(run / "judge-1000.pt", run / "data/train.npz", test, items, args.csv)
-    if args.trials:
+    controlnet.evaluate(run / "judge-1000.pt", run / "data/train.npz", test, items, csv)
+    if trials:
         return
     rows = np.concatenate([np.flatnonzero(mask_code == g)[:4] for g in range(len(names))])
     columns = [fairdiff.load_set(sets[label])["image"][rows] for label in (*SETTINGS, "with points")]
     fairdiff.save_grid(out / "grid.png", [127 * masks["mask"][rows], *columns], ["mask", *SETTINGS, "ControlNet"])
-    for label, path in list(sets.items())[1:] if args.seeds else ():
-        worst = [downstream(run, out, label, path, seed) for seed in args.seeds]
+    for label, path in list(sets.items())[1:] if seeds else ():
+        worst = [downstream(run, out, label, path, seed) for seed in seeds]
         half = 4.30 * np.std(worst, ddof=1) / np.sqrt(3) if len(worst) == 3 else np.nan     # Student's t, 2 degrees
         print(f"TransUNet on Equal Scale with {label}: worst group {np.mean(worst):.4f} ± {half:.4f}", flush=True)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    sys.exit(fairdiff.command_line(main, argv=["main", *sys.argv[1:]]))
