@@ -5,8 +5,7 @@
     python controlnet.py sample control.pt masks.npz --out synthetic.npz
     python controlnet.py evaluate judge.pt data/train.npz data/test.npz generated=synthetic.npz
 
-The base learns what images of a group look like, the ControlNet (Zhang et al. 2023) to follow a
-mask. `evaluate` measures whether images show their masks.
+The base learns what images of a group look like, the ControlNet (Zhang et al. 2023) their masks.
 B batch, N images, C channels (Ci at level i), H W image, p patch, h w level, E embedding.
 """
 import copy

@@ -352,7 +352,6 @@ def fairseg(folder, out="data", size=64, crop: number_or_disc = 512, split: list
     if not paths or len(lists) not in (0, 2) or lists and listed[0] & listed[1]:
         raise InputError(f"{folder}: {len(paths)} .npz files, lists {lists}; expected some files, "
                          "and both train.txt and test.txt, each patient in one, or neither")
-
     def read(path):
         with np.load(path, allow_pickle=False) as file:
             found = dict(file)
@@ -389,7 +388,6 @@ def images(images, masks, groups, out="data", size=64, crop: number_or_disc = 51
         table = {next(iter(row.values())): row for row in csv.DictReader(file)}
     pictures, masks = ({path.stem: path for path in sorted(pathlib.Path(folder).glob("[!.]*"))}
                        for folder in (images, masks))
-
     def read(name):
         stem = name if name in pictures else pathlib.Path(name).stem
         picture, mask = Image.open(pictures[stem]), Image.open(masks[stem])
@@ -529,8 +527,7 @@ def load_checkpoint(path, kinds=()):
         state = torch.load(path, map_location="cpu", weights_only=True)
         config = state["config"]
     except Exception as error:                          # torch raises a dozen types
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: {reason}; expected a checkpoint, which train makes") from None
+        raise InputError(f"{path}: {str(error).splitlines()[0]}; expected a checkpoint") from None
     if kinds and (config["kind"] not in kinds or state["step"] < config["steps"]):
         raise InputError(f"{path}: {config['kind']}, {state['step']} of {config['steps']} steps; "
                          f"expected a finished {' or '.join(kinds)}: run its train command")

@@ -230,8 +230,7 @@ class DDPM:
         return (weight * (prediction - target) ** 2).mean()
 
     @torch.no_grad()
-    def sample(self, net, shape, *condition, steps=10, eta=0.0, generator,
-               clip=(-math.inf, math.inf)):
+    def sample(self, net, shape, *condition, steps, generator, eta=0.0, clip=(-math.inf, math.inf)):
         """Samples by DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2); clip: bounds of x_0.
         eta 1: by DDIM with new noise in every step (Song et al. 2021), which varies more."""
         x = torch.randn(shape, generator=generator, device=generator.device)
