@@ -5,7 +5,7 @@
     python controlnet.py sample control.pt masks.npz --out synthetic.npz
     python controlnet.py evaluate judge.pt data/train.npz data/test.npz generated=synthetic.npz
 
-The base learns what images of a group look like, the ControlNet (Zhang et al. 2023) their masks.
+The base learns to generate images of a group, the ControlNet (Zhang et al. 2023) to follow masks.
 B batch, N images, C channels (Ci at level i), H W image, p patch, h w level, E embedding.
 """
 import copy
@@ -229,7 +229,7 @@ def sample_images(net, config, code, mask, device, steps=8, seed=0, batch=100):
         m = torch.as_tensor(mask[i:i + batch], device=device).long()
         with autocast(device):
             x = DDPM().sample(net, (len(m), 1, *m.shape[1:]), group, m, steps=steps,
-                            generator=generator, clip=(-mean / std, (255 - mean) / std))
+                              generator=generator, clip=(-mean / std, (255 - mean) / std))
         images[i:i + batch] = (x[:, 0] * std + mean).round().byte().cpu().numpy()
     return images
 

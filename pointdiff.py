@@ -235,12 +235,12 @@ class DDPM:
         eta 1: by DDIM with new noise in every step (Song et al. 2021), which varies more."""
         x = torch.randn(shape, generator=generator, device=generator.device)
         # steps lie densest where the noise is strong, and at its end, where it is as fine as grain
-        turn = torch.linspace(0, 0.9 * math.pi, steps)
-        times = ((self.T - 1) * (0.5 + 0.5 * turn.cos())).round().long().unique().flip(0)
+        angle = torch.linspace(0, 0.9 * math.pi, steps)
+        times = ((self.T - 1) * (0.5 + 0.5 * angle.cos())).round().long().unique().flip(0)
         alpha = self.alpha_bar[times].sqrt()                            # (steps,)
         sigma = (1 - self.alpha_bar[times]).sqrt()
-        width = (alpha / sigma).log().diff()                            # h_i of the paper
-        slope = F.pad(width[1:] / width[:-1] / 2, (1, 0))               # 1 / 2r_i, at first 0
+        h = (alpha / sigma).log().diff()                                # steps in log SNR / 2
+        slope = F.pad(h[1:] / h[:-1] / 2, (1, 0))                       # 1 / 2r_i, at first 0
         x0_before = x
         for i, step in enumerate(times):
             prediction = net(x, step.expand(len(x)).to(x.device), *condition).float()
@@ -251,10 +251,10 @@ class DDPM:
             if i + 1 == len(times):
                 return x0
             target = x0 + (1 - eta) * slope[i] * (x0 - x0_before)       # D_i: where x0 is heading
-            kept = sigma[i + 1] / sigma[i] * (-eta * width[i]).exp()
-            x = kept * x + alpha[i + 1] * (1 - (-(1 + eta) * width[i]).exp()) * target
+            kept = sigma[i + 1] / sigma[i] * (-eta * h[i]).exp()
+            x = kept * x + alpha[i + 1] * (1 - (-(1 + eta) * h[i]).exp()) * target
             if eta > 0:
-                std = sigma[i + 1] * (1 - (-2 * eta * width[i]).exp()).sqrt()
+                std = sigma[i + 1] * (1 - (-2 * eta * h[i]).exp()).sqrt()
                 x = x + std * torch.randn(shape, generator=generator, device=x.device)
             x0_before = x0
 

@@ -7,8 +7,8 @@ mask of that run, prints Table 1 and the judge's Dice, and trains TransUNet on E
 seeds. One core; what is done is skipped. Writes OUT/*.npz, OUT/grid.png and table1.csv beside this file.
 The three share conditions (one-hot mask and group), SPADE block, discriminator trunk, Adam (betas 0 and 0.99), batches
 of 8 and EMA. Each uses the setting in TRIALS that brought images over training masks nearest to training images, on
-development seed 10 after a third of the time. Frechet distances, mean over the groups: pix2pixHD 0.036, 0.044, 0.090;
-SPADE 0.060, 0.029, 0.052; OASIS 0.078, 0.075, 0.113.
+development seed 10 after a third of the time. Frechet distances, the mean of Black and White (--trials prints one of
+all groups): pix2pixHD 0.036, 0.044, 0.090; SPADE 0.060, 0.029, 0.052; OASIS 0.078, 0.075, 0.113.
 B batch, K channels of the condition c: 3 labels and G groups, C channels, H W image.
 """
 import copy
@@ -260,7 +260,7 @@ def main(run="out", out="table1", trials=False, steps: int = None, seeds: list =
     data = fairdiff.load_set(run / "data/train.npz")
     if trials:
         jobs = {f"{method} {setting}": setting for method in SETTINGS for setting in TRIALS}
-        seconds, test, masks = seconds / 3, f"{run}/data/train.npz", data
+        seconds, test, masks, csv = seconds / 3, f"{run}/data/train.npz", data, out / "trials.csv"
     print(f"{seconds:.0f} s of one core for each training; base and ControlNet took as long together, with --trials 3 x")
     code, names = fairdiff.group_codes(data, "race")
     mask_code, _ = fairdiff.group_codes(masks, "race", names)
