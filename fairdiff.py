@@ -77,12 +77,13 @@ def check_set(data, where):
         raise InputError(f"{where}: {n} masks of {np.unique(data['mask'])[:9]}; expected 0, 1, 2")
     names = np.char.zfill(np.arange(n).astype(str), 6)
     data = {"name": names, "synthetic": np.zeros(n, bool)} | data
-    for key in data.keys() - {"image", "mask", "synthetic"}:
+    for key in data.keys() - {"image", "mask"}:
         column = np.asarray(data[key])
         if column.shape != (n,) or column.dtype.kind not in "Uiub":
             raise InputError(f"{where}: {key} {column.dtype} {column.shape}; expected text ({n},)")
         unknown = column.dtype.kind == "i" and column < 0               # negative codes
         data[key] = np.where(unknown, "", column.astype(str))
+    data["synthetic"] = np.isin(data["synthetic"], ("True", "1"))
     if len(np.unique(data["name"])) < n:
         raise InputError(f"{where}: a name occurs twice; expected one for each image")
     return data
@@ -238,19 +239,12 @@ def make_phantom(n, size, seed, shift=1.0, balance=None, rare=None):
 # ---- Import and export --------------------------------------------------------------------------
 FAIRSEG_IMAGE = ("slo_fundus", "fundus_slo", "fundus")                  # keys of the releases
 FAIRSEG_MASK = ("disc_cup_mask", "disc_cup", "disc_cup_borders", "slo_disc_cup")
-FAIRSEG_GROUPS = {                                                      # names by code, -1 unknown
-    "race": ("Asian", "Black", "White"),                                # or codes 2, 3, 7 for these
-    "gender": ("Female", "Male"),
-    "ethnicity": ("Non-Hispanic", "Hispanic"),
-    "language": ("English", "Spanish", "Others"),
-    "maritalstatus": ("Married", *["Not married"] * 4),
-}
+FAIRSEG_GROUPS = {key: list(MARGINALS[key]) for key in MARGINALS if key != "age"}   # names by code
+FAIRSEG_GROUPS["maritalstatus"] += ["Not married"] * 3                  # codes 1 to 4
 
 def to_grey(array):
-    """A picture (H, W), (H, W, 3 or 4) or (3, H, W) of numbers as its luminance, uint8 (H, W)."""
+    """A picture (H, W) or (H, W, 3 or 4) of numbers as its luminance, uint8 (H, W)."""
     array = np.squeeze(array)
-    if array.ndim == 3 and array.shape[0] == 3:
-        array = np.moveaxis(array, 0, 2)
     white = 65535 if array.max() > 255 else 255
     white = 1 if array.dtype.kind in "bf" and array.max() <= 1 else white
     array = (array * (255.0 / white)).clip(0, 255).astype(np.uint8)
@@ -565,24 +559,6 @@ def save_group_grid(path, data, attribute):
         labels += [str(name) or "unknown", ""]
     save_grid(path, rows, labels)
 
-def dice_chart(path):
-    """HTML of results.csv: a bar for the mean Dice of every group by method, with its interval."""
-    with open(path, encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["structure"] == "mean"]
-    numbers = ("overall", "es", "sd", "worst", "gap", "eq1", "p")
-    last = {(row["method"], row["group"]): row for row in rows
-            if row["metric"] == "dice" and row["group"] not in numbers}
-    groups = list(dict.fromkeys(group for _, group in last))
-    start = int(10 * min(float(row["lo"]) for row in last.values())) / 10
-    bars = [f"<h2>Mean Dice by method and group, with 95 % intervals; bars from {start} to 1</h2>"]
-    for (method, group), row in last.items():
-        value, lo, hi = (float(row[key]) for key in ("value", "lo", "hi"))
-        hue = 210 + 360 * groups.index(group) // len(groups)            # one colour a group
-        bars.append(f"<div style='background:linear-gradient(hsl({hue} 50% 50%) 0 0) no-repeat 0/"
-                    f"{(value - start) / (1 - start):.2%} 100%'>{html.escape(method)}, "
-                    f"{html.escape(group)}: {value:.4f} [{lo:.4f}, {hi:.4f}]</div>")
-    return "\n".join(bars)
-
 PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>FairDiff</title>
 <meta name=viewport content='width=device-width'><style>:root {color-scheme: light dark}
 body {font: 16px/1.5 sans-serif; max-width: 60em; margin: auto; padding: 1em}
@@ -595,7 +571,8 @@ def report(out):
     if not (out / "log/table.txt").is_file():
         raise InputError(f"{out}: no log/table.txt; expected the folder of a finished train.sh")
     result = (out / "log/table.txt").read_text(errors="replace").partition("mean Dice")
-    page = [PAGE, f"<pre>{html.escape(''.join(result[1:]))}</pre>", dice_chart(out / "results.csv")]
+    page = [PAGE, f"<pre>{html.escape(''.join(result[1:]))}</pre>",
+            (out / "results.csv.html").read_text(encoding="utf-8")]
     stages = [*out.glob("log/*.txt"), *out.rglob("*.png")]
     for path in sorted(stages, key=lambda path: path.stat().st_mtime):
         name = html.escape(str(path.relative_to(out)))

@@ -7,6 +7,7 @@ Tables 2-5 leave out: intervals, tests, and the gap that equal groups show by ch
 N images, H W pixels, G groups, B resamples, D features. Group -1, unknown, counts in overall.
 """
 import csv
+import html
 import sys
 from collections import namedtuple
 
@@ -39,9 +40,8 @@ def group_sd(means):
     return means.std(-1, ddof=1) if means.shape[-1] > 1 else np.zeros(means.shape[:-1])
 
 def essp(overall, group_means):
-    """Equity-scaled score of overall (...) and group_means (..., G), Eq. 7. ValueError: above 1."""
-    if np.size(overall) and np.max(overall) > 1:
-        raise ValueError(f"score {np.max(overall)}; expected scores in [0, 1], not in percent")
+    """Equity-scaled score of overall (...), group_means (..., G), Eq. 7. AssertionError: over 1."""
+    assert np.max(overall, initial=0) <= 1, "expected scores in [0, 1], not in percent"
     return np.asarray(overall) / (1 + group_sd(group_means))            # Eq. 7
 
 def fairness(group_means):
@@ -75,7 +75,7 @@ def report_rows(draws, group, names, p, ci):
     counts = [len(group), *sizes.tolist(), len(group)] + [int(sizes.sum())] * 4
     lo, hi = np.quantile(draws[1:], [(1 - ci) / 2, (1 + ci) / 2], axis=0)
     rows = map(Row, labels, counts, draws[0], lo, hi)
-    return [*rows, Row("p", len(group), p, np.nan, np.nan)]
+    return [*rows, Row("p", int(sizes.sum()), p, np.nan, np.nan)]
 
 def welch_statistic(scores, group):
     """Welch's (1951) statistic (...) of scores (..., N): how far apart the group means lie."""
@@ -123,14 +123,12 @@ def frechet_distance(x, y):
         return np.nan
     cx = np.cov(x, rowvar=False)
     cy = np.cov(y, rowvar=False)
-    values = np.linalg.eigvals(cx @ cy).real            # never below 0, but for rounding
-    trace = np.trace(cx + cy) - 2 * np.sqrt(np.maximum(values, 0)).sum()
-    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + trace)
+    roots = np.sqrt(np.linalg.eigvals(cx @ cy).real.clip(0))           # rounding may go below 0
+    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cx + cy) - 2 * roots.sum())
 
 def mmd_cov(d):
     """Minimum matching distance and coverage (Achlioptas et al. 2018); d: (generated, real)."""
-    mmd = d.min(0).mean()                               # of real items to the nearest generated
-    return float(mmd), len(np.unique(d.argmin(1))) / d.shape[1]
+    return float(d.min(0).mean()), len(np.unique(d.argmin(1))) / d.shape[1]
 
 def one_nna(gg, rr, gr):
     """How often a nearest neighbour tells two sets apart (Lopez-Paz & Oquab 2017); 0.5 is ideal.
@@ -176,6 +174,19 @@ def save_csv(path, lines):
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(lines)
 
+def save_chart(path, lines, names):
+    """Write HTML: a bar for every method's Dice of each group; lines: as in the CSV file."""
+    last = {(line[1], line[5]): line for line in lines      # of several trainings their mean
+            if line[3:5] == ["mean", "dice"] and line[5] in names}
+    bars = ["<h2>Mean Dice by method and group, with 95 % intervals; bars from 0.5 to 1</h2>"]
+    for (method, group), (*_, value, lo, hi) in last.items():
+        hue = 210 + 360 * names.index(group) // len(names)              # one colour a group
+        bars.append(f"<div style='background:linear-gradient(hsl({hue} 50% 50%) 0 0) no-repeat 0/"
+                    f"{max(0, 2 * value - 1):.2%} 100%'>{html.escape(method)}, "
+                    f"{html.escape(group)}: {value:.4f} [{lo:.4f}, {hi:.4f}]</div>")
+    with replacing(path) as temporary:
+        temporary.write_text("\n".join(bars), encoding="utf-8")
+
 def print_table(title, heads, lines):
     """Print a Markdown table with aligned columns."""
     widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
@@ -198,6 +209,7 @@ def table(dataset, predictions: list, out="results.csv", attribute="race"):
         reports[key] = {row.name: f"{row.value:.4f}" for row in report}
         reports[key]["interval"] = "{2:.4f} [{3:.4f}, {4:.4f}]".format(*report[0])
     save_csv(out, ["attribute method seed structure metric group n value lo hi".split(), *lines])
+    save_chart(f"{out}.html", lines, names)
     methods = list(dict.fromkeys(method for method, _, _ in scores))
     heads = ["method", "ES-Dice", "Dice [95 %]", *names, "ES-IoU", "IoU [95 %]", *names]
     for structure in structures(truth["mask"]):
@@ -207,12 +219,11 @@ def table(dataset, predictions: list, out="results.csv", attribute="race"):
                 report = reports[line[0], structure, metric]
                 line += [report[name] for name in ("es", "interval", *names)]
         print_table(f"{structure}, by {attribute}", heads, lines)
+    worst = {method: float(reports[method, "mean", "dice"]["worst"]) for method in methods}
     lines = []
-    worst = {}
     for method in methods:
         own, first = scores[method, "mean", "dice"], scores[methods[0], "mean", "dice"]
         report = reports[method, "mean", "dice"]
-        worst[method] = float(report["worst"])
         gap = f"{report['gap']} ({chance_level(own, group)[1]:.4f})"
         rows = {row.name: row for row in compare(own, first, group, names)}
         difference = "{2:+.4f} [{3:+.4f}, {4:+.4f}]".format(*rows["worst"])

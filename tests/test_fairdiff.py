@@ -62,7 +62,7 @@ BAD = [                                 # what is wrong, and a word for it in th
     ({"site": np.ones(4)}, "site"), ({"site": np.array([Payload()] * 4)}, ""), ({"race": np.array(["a"])}, "race"),
     ({"mask": np.full((4, 8, 8), 3, np.uint8)}, "3"), ({"mask": np.zeros((4, 8, 9), np.uint8)}, "mask"),
     ({"mask": np.zeros(0)}, "mask"), ({"image": np.zeros((4, 8, 8))}, "image"), ({"name": np.array([*"aabc"])}, "name"),
-    (tiny([]), ""), (b"no set", ""), (b"PK\x03\x04 cut", ""), (None, "")]
+    ({"synthetic": np.zeros(3)}, "synthetic"), (tiny([]), ""), (b"no set", ""), (b"PK\x03\x04 cut", ""), (None, "")]
 
 @pytest.mark.parametrize("change, word", BAD)
 def test_a_malformed_set_is_refused_in_one_line(here, refused, change, word):
