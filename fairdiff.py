@@ -562,7 +562,8 @@ def save_group_grid(path, data, attribute):
 PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>FairDiff</title>
 <meta name=viewport content='width=device-width'><style>:root {color-scheme: light dark}
 body {font: 16px/1.5 sans-serif; max-width: 60em; margin: auto; padding: 1em}
-pre {overflow-x: auto; font-size: 13px} img {max-width: 100%} div {margin: 2px; padding: 0 .3em}
+pre {overflow-x: auto; font-size: 13px} img {max-width: 100%} div {margin: 2px; padding: 0 .3em;
+background: linear-gradient(hsl(var(--hue) 50% 50%) 0 0) no-repeat 0 / var(--width) 100%}
 </style><h1>FairDiff</h1>"""
 
 def report(out):

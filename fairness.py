@@ -176,16 +176,16 @@ def save_csv(path, lines):
 
 def save_chart(path, lines, names):
     """Write HTML: a bar for every method's Dice of each group; lines: as in the CSV file."""
-    last = {(line[1], line[5]): line for line in lines      # of several trainings their mean
-            if line[3:5] == ["mean", "dice"] and line[5] in names}
-    bars = ["<h2>Mean Dice by method and group, with 95 % intervals; bars from 0.5 to 1</h2>"]
-    for (method, group), (*_, value, lo, hi) in last.items():
-        hue = 210 + 360 * names.index(group) // len(names)              # one colour a group
-        bars.append(f"<div style='background:linear-gradient(hsl({hue} 50% 50%) 0 0) no-repeat 0/"
-                    f"{max(0, 2 * value - 1):.2%} 100%'>{html.escape(method)}, "
-                    f"{html.escape(group)}: {value:.4f} [{lo:.4f}, {hi:.4f}]</div>")
+    bars = {}                                           # of several trainings the last, their mean
+    for _, method, _, structure, metric, group, _, value, lo, hi in lines:
+        if (structure, metric) == ("mean", "dice") and group in names:
+            hue = 210 + 360 * names.index(group) // len(names)          # one colour a group
+            text = html.escape(f"{method}, {group}: {value:.4f} [{lo:.4f}, {hi:.4f}]")
+            style = f"--hue: {hue}; --width: {max(0, 2 * value - 1):.2%}"       # see the report
+            bars[method, group] = f"<div style='{style}'>{text}</div>"
+    title = "<h2>Mean Dice by method and group, with 95 % intervals; bars from 0.5 to 1</h2>"
     with replacing(path) as temporary:
-        temporary.write_text("\n".join(bars), encoding="utf-8")
+        temporary.write_text("\n".join([title, *bars.values()]), encoding="utf-8")
 
 def print_table(title, heads, lines):
     """Print a Markdown table with aligned columns."""

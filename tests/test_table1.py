@@ -16,7 +16,7 @@ import table1  # noqa: E402
 
 def test_losses_of_hand_made_logits():
     """Right answers cost nothing, wrong ones more; cross-entropy is weighted by the inverse share of each label."""
-    good, bad = [torch.ones(1, 1, 2, 2)], [-torch.ones(1, 1, 2, 2)]
+    good, bad = [[torch.ones(1, 1, 2, 2)]], [[-torch.ones(1, 1, 2, 2)]]
     assert table1.least_squares(good, 1) == 0 and table1.least_squares(bad, 1) == 4
     assert table1.hinge(good, 1) == table1.hinge(bad, -1) == 0 and table1.hinge(bad, 1) == table1.hinge(good, -1) == 2
     mask, logits = torch.tensor([[[0, 0, 0, 1]]]), torch.randn(1, 4, 1, 4)
@@ -33,7 +33,7 @@ def test_three_steps(phantom, method):
     assert np.array_equal(image, other) == (method == "pix2pixHD")
     assert not np.array_equal(image, table1.generate(ema, 0 * masks, code[:6], 3, 0))
     if method != "pix2pixHD":
-        torch.nn.init.zeros_(ema.start.weight)
+        torch.nn.init.zeros_(ema.module.start.weight)
         image, other = (table1.generate(ema, masks, code[:6], 3, seed) for seed in (0, 1))
         assert np.array_equal(image, other) == (method == "SPADE")
 

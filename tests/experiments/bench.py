@@ -5,7 +5,6 @@ here (cpu, or gpu where CUDA works). Its GFLOP/s, counted by torch, are compared
 and its time with the same work in fp32. Nothing is asserted: timings depend on the machine. OMP_NUM_THREADS=1 shows
 one core, as the rows of train.sh have at SCALE=cpu.
 """
-import argparse
 import pathlib
 import sys
 import time
@@ -35,11 +34,8 @@ def fp32(device):
     """What fairdiff.autocast is replaced with for the comparison."""
     return torch.autocast(device.type, torch.bfloat16, enabled=False)
 
-def main():
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base", action="store_true", help="also the published TransUNet at 224 px, batch 2")
-    args = parser.parse_args()
+def bench(base=False):
+    """Print the table; base: also of the published TransUNet at 224 px, batch 2."""
     device, _ = fairdiff.setup("auto")
     batch, size = (48, 128) if device.type == "cuda" else (8, 64)
     with fairdiff.autocast(device):
@@ -78,14 +74,14 @@ def main():
     clouds = [pointdiff.mask_to_points(mask) for mask in masks]
     row(f"masks to points, {size} px", batch, lambda: [pointdiff.mask_to_points(mask) for mask in masks])
     row(f"points to masks, {size} px", batch, lambda: [pointdiff.points_to_mask(c, size, 16) for c in clouds])
-    ddpm, group = pointdiff.DDPM(), torch.zeros(32, dtype=torch.long, device=device)
-    x = torch.randn(32, 256, 3, device=device)
-    training("PointNet, step of 32 x 256 points", 32, pointdiff.PointNet(3),
+    ddpm, group = pointdiff.DDPM(), torch.zeros(16, dtype=torch.long, device=device)
+    x = torch.randn(16, 256, 3, device=device)
+    training("PointNet, step of 16 x 256 points", 16, pointdiff.PointNet(3),
              lambda net: ddpm.loss(net, x, group, net.encode(x)[0]))
     net = pointdiff.PointNet(3).to(device)
-    row("PointNet, sampling 32 clouds, 32 steps", 32, lambda: ddpm.sample(
-        net, (32, 256, 3), group, steps=32, eta=1.0, generator=torch.Generator(device)))
-    image, group = torch.randn(batch, 1, size, size, device=device), group.repeat(2)[:batch]
+    row("PointNet, sampling 16 clouds, 32 steps", 16, lambda: ddpm.sample(
+        net, (16, 256, 3), group, steps=32, eta=1.0, generator=torch.Generator(device)))
+    image, group = torch.randn(batch, 1, size, size, device=device), group.repeat(3)[:batch]
     mask = torch.as_tensor(masks, device=device).long()
     training(f"UNet, step of {batch}, {size} px", batch, controlnet.UNet(3), lambda net: ddpm.loss(net, image, group))
     training(f"ControlNet, step of {batch}, {size} px", batch, controlnet.ControlNet(controlnet.UNet(3)),
@@ -99,10 +95,10 @@ def main():
     net = transunet.TransUNet().to(device)
     pictures = np.zeros((100, size, size), np.uint8)
     row(f"TransUNet compact, predicting 100, {size} px", 100, lambda: transunet.predict_masks(net, pictures, device))
-    if args.base:
+    if base:
         image, mask = torch.rand(2, 1, 224, 224, device=device), torch.zeros(2, 224, 224, dtype=torch.long, device=device)
         training("TransUNet base, step of 2, 224 px", 2, transunet.TransUNet.base(),
                  lambda net: transunet.seg_loss(net(image), mask))
 
 if __name__ == "__main__":
-    main()
+    sys.exit(fairdiff.command_line(bench, argv=["bench", *sys.argv[1:]]))

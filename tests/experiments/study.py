@@ -18,8 +18,8 @@ import sys
 import numpy as np
 from scipy import stats
 
-HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+CSV = str(ROOT / "tests/experiments/study.csv")
 sys.path.insert(0, str(ROOT))
 import fairdiff  # noqa: E402
 import fairness  # noqa: E402
@@ -152,7 +152,7 @@ def chart(table, path):
                     f"<text x='580' y='{80 + 24 * k}' fill='{colour}'>{row}</text>")
     pathlib.Path(path).write_text("\n".join([*text, "</svg>\n"]), encoding="utf-8")
 
-def main(out="study", rare: list = ("30",), seeds: list = ("0", "1", "2", "3", "4"), csv_file=str(HERE / "study.csv")):
+def main(out="study", rare: list = ("30",), seeds: list = ("0", "1", "2", "3", "4"), csv_file=CSV):
     """Make every cell that is not in the CSV file yet, print the summary and draw the chart."""
     table = {}
     if os.path.exists(csv_file):
@@ -168,7 +168,7 @@ def main(out="study", rare: list = ("30",), seeds: list = ("0", "1", "2", "3", "
             lines = [[*key, f"{value:.6f}"] for key, value in sorted(table.items())]
             fairness.save_csv(csv_file, [["rare", "seed", "row", "measure", "value"], *lines])
     summary(table)
-    chart(table, HERE.parent.parent / "assets/study.svg")
+    chart(table, ROOT / "assets/study.svg")
 
 if __name__ == "__main__":
     sys.exit(fairdiff.command_line(main, argv=["main", *sys.argv[1:]]))

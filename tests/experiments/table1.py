@@ -11,7 +11,6 @@ development seed 10 after a third of the time. Frechet distances, the mean of Bl
 all groups): pix2pixHD 0.036, 0.044, 0.090; SPADE 0.060, 0.029, 0.052; OASIS 0.078, 0.075, 0.113.
 B batch, K channels of the condition c: 3 labels and G groups, C channels, H W image.
 """
-import copy
 import math
 import pathlib
 import re
@@ -24,9 +23,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent))
 import controlnet  # noqa: E402
 import fairdiff  # noqa: E402
 import fairness  # noqa: E402
@@ -39,30 +38,28 @@ NOISE = 32                                              # channels of the noise
 
 # ---- Generators: c (B, K, H, W) to images (B, 1, H, W) in [-1, 1] ---------------------------------------------------
 class SPADE(nn.Module):
-    """Normalisation whose scale and shift come from the condition at every pixel (Park et al. 2019)."""
-    def __init__(self, channels, k):
+    """Normalisation whose scale and shift come from the condition at every pixel (Park et al. 2019); a convolution."""
+    def __init__(self, c_in, c_out, k):
         super().__init__()
-        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.norm = nn.BatchNorm2d(c_in, affine=False)
         self.shared = nn.Conv2d(k, 32, 3, padding=1)
-        self.scale_shift = nn.Conv2d(32, 2 * channels, 3, padding=1)
+        self.scale_shift = nn.Conv2d(32, 2 * c_in, 3, padding=1)
+        self.conv = spectral_norm(nn.Conv2d(c_in, c_out, 3, padding=1))
 
     def forward(self, x, c):
         c = F.interpolate(c, x.shape[2:], mode="nearest")
         scale, shift = self.scale_shift(F.relu(self.shared(c))).chunk(2, 1)
-        return self.norm(x) * (1 + scale) + shift
+        return self.conv(F.leaky_relu(self.norm(x) * (1 + scale) + shift, 0.2))
 
 class SPADEBlock(nn.Module):
     """Residual block with SPADE for normalisation."""
     def __init__(self, c_in, c_out, k):
         super().__init__()
-        self.spade1, self.spade2 = SPADE(c_in, k), SPADE(c_out, k)
-        self.conv1 = spectral_norm(nn.Conv2d(c_in, c_out, 3, padding=1))
-        self.conv2 = spectral_norm(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.conv1, self.conv2 = SPADE(c_in, c_out, k), SPADE(c_out, c_out, k)
         self.skip = nn.Conv2d(c_in, c_out, 1, bias=False)
 
     def forward(self, x, c):
-        y = self.conv1(F.leaky_relu(self.spade1(x, c), 0.2))
-        return self.skip(x) + self.conv2(F.leaky_relu(self.spade2(y, c), 0.2))
+        return self.skip(x) + self.conv2(self.conv1(x, c), c)
 
 class SPADEGenerator(nn.Module):
     """From a noise vector to an image; with noise_3d, as in OASIS, the noise joins the condition at every layer."""
@@ -84,28 +81,26 @@ class SPADEGenerator(nn.Module):
             x = block(F.interpolate(x, scale_factor=2, mode="nearest") if i else x, c)
         return torch.tanh(self.last(F.leaky_relu(x, 0.2)))
 
-def conv_in(c_in, c_out, stride=1):
+def conv_norm(c_in, c_out, stride=1):
+    """Convolution, instance normalisation, ReLU."""
     return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1), nn.InstanceNorm2d(c_out), nn.ReLU())
 
-class Pix2pixHD(nn.Module):
+class Pix2pixHD(nn.Sequential):
     """Convolutional encoder, residual blocks, decoder (Wang et al. 2018); it has no noise."""
-    def __init__(self, k, width):
-        super().__init__()
-        a, b, c = width, 2 * width, 4 * width
-        self.encoder = nn.Sequential(conv_in(k, a), conv_in(a, b, 2), conv_in(b, c, 2))
-        self.blocks = nn.ModuleList(nn.Sequential(conv_in(c, c), conv_in(c, c)[:2]) for _ in range(4))
-        up = nn.Upsample(scale_factor=2)
-        self.decoder = nn.Sequential(up, conv_in(c, b), up, conv_in(b, a), nn.Conv2d(a, 1, 3, padding=1), nn.Tanh())
+    class Residual(nn.Sequential):
+        def forward(self, x):
+            return x + super().forward(x)
 
-    def forward(self, c):
-        x = self.encoder(c)                                             # (B, 4 width, H/4, W/4)
-        for block in self.blocks:
-            x = x + block(x)
-        return self.decoder(x)
+    def __init__(self, k, width):
+        a, b, c = width, 2 * width, 4 * width                           # at 1, 1/2 and 1/4
+        blocks = [self.Residual(conv_norm(c, c), conv_norm(c, c)[:2]) for _ in range(4)]
+        up = nn.Upsample(scale_factor=2)
+        super().__init__(conv_norm(k, a), conv_norm(a, b, 2), conv_norm(b, c, 2), *blocks, up, conv_norm(c, b),
+                         up, conv_norm(b, a), nn.Conv2d(a, 1, 3, padding=1), nn.Tanh())
 
 # ---- Discriminators ---------------------------------------------------------------------------------------------------
 class Trunk(nn.Module):
-    """Strided convolutions; the features of every layer, the last at 1/8."""
+    """Strided convolutions, down to 1/8; the outputs of every layer."""
     def __init__(self, c_in, width):
         super().__init__()
         widths = (c_in, width, 2 * width, 4 * width)
@@ -116,44 +111,41 @@ class Trunk(nn.Module):
         return list(accumulate(self.layers, lambda x, layer: layer(x), initial=x))[1:]
 
 class PatchGAN(nn.Module):
-    """Logits for patches of image and condition, at two scales, and the features on the way."""
+    """Two trunks, for the image with its condition and for half of its size; their last outputs are logits."""
     def __init__(self, k, width):
         super().__init__()
         self.trunks = nn.ModuleList(Trunk(1 + k, width) for _ in range(2))
-        self.heads = nn.ModuleList(nn.Conv2d(4 * width, 1, 3, padding=1) for _ in range(2))
+        for trunk in self.trunks:
+            trunk.layers.append(nn.Conv2d(4 * width, 1, 3, padding=1))
 
     def forward(self, x, c):
-        x, logits, features = torch.cat([x, c], 1), [], []
-        for trunk, head in zip(self.trunks, self.heads, strict=True):
-            features += trunk(x)
-            logits.append(head(features[-1]))
-            x = F.avg_pool2d(x, 2)
-        return logits, features
+        x = torch.cat([x, c], 1)
+        return self.trunks[0](x), self.trunks[1](F.avg_pool2d(x, 2))
 
 class Segmenter(nn.Module):
     """OASIS's discriminator: a U-Net with a class for every label and one for "generated" (Sushko et al. 2021)."""
     def __init__(self, width, groups):
         super().__init__()
         self.trunk = Trunk(1 + groups, width)
-        self.ups = nn.ModuleList(spectral_norm(nn.Conv2d(a, b, 3, padding=1))
-                                 for a, b in ((4 * width, 2 * width), (4 * width, width), (2 * width, width)))
+        widths = ((4 * width, 2 * width), (4 * width, width), (2 * width, width))
+        self.ups = nn.ModuleList(nn.Sequential(nn.Upsample(scale_factor=2), spectral_norm(nn.Conv2d(a, b, 3, padding=1)),
+                                               nn.LeakyReLU(0.2)) for a, b in widths)
         self.head = nn.Conv2d(width, 4, 1)
 
     def forward(self, x, c):
-        half, quarter, x = self.trunk(torch.cat([x, c[:, 3:]], 1))      # it sees the group, not the mask
-        for up, skip in zip(self.ups, (quarter, half, None), strict=True):
-            x = F.leaky_relu(up(F.interpolate(x, scale_factor=2, mode="nearest")), 0.2)
-            x = x if skip is None else torch.cat([x, skip], 1)
-        return self.head(x)                                             # (B, 4, H, W)
+        half, quarter, eighth = self.trunk(torch.cat([x, c[:, 3:]], 1))  # it sees the group, not the mask
+        x = torch.cat([self.ups[0](eighth), quarter], 1)
+        x = torch.cat([self.ups[1](x), half], 1)
+        return self.head(self.ups[2](x))                                # (B, 4, H, W)
 
 # ---- Losses -----------------------------------------------------------------------------------------------------------
 def least_squares(logits, target):
-    """LSGAN (Mao et al. 2017): mean squared distance of logits to 1 or 0."""
-    return sum(((x - target) ** 2).mean() for x in logits)
+    """LSGAN (Mao et al. 2017): mean squared distance of the logits of every scale to 1 or 0."""
+    return sum(((scale[-1] - target) ** 2).mean() for scale in logits)
 
 def hinge(logits, sign):
     """The discriminator's hinge loss; sign 1 for real images, -1 for generated ones."""
-    return sum(F.relu(1 - sign * x).mean() for x in logits)
+    return sum(F.relu(1 - sign * scale[-1]).mean() for scale in logits)
 
 def balanced_entropy(logits, label, mask):
     """Cross-entropy with pixels weighted by the inverse frequency of their label in the batch, mean weight 1."""
@@ -165,18 +157,19 @@ def generator_loss(method, d, fake, real, c, mask):
     """How far the discriminator is from taking generated images for real ones, and feature matching."""
     if method == "OASIS":
         return balanced_entropy(d(fake, c), mask, mask)
-    logits, features = d(fake, c)
-    adversarial = least_squares(logits, 1) if method == "pix2pixHD" else -sum(x.mean() for x in logits)
-    matching = sum(F.l1_loss(a, b.detach()) for a, b in zip(features, d(real, c)[1], strict=True))
+    of_fake, of_real = d(fake, c), d(real, c)
+    adversarial = least_squares(of_fake, 1) if method == "pix2pixHD" else -sum(scale[-1].mean() for scale in of_fake)
+    matching = sum(F.l1_loss(of_fake[i][j], of_real[i][j].detach()) for i in range(2) for j in range(3))
     return adversarial + 10 * matching                                  # as in pix2pixHD
 
 def discriminator_loss(method, d, fake, real, c, mask):
     """How badly the discriminator tells generated from real images; OASIS: also LabelMix consistency."""
-    if method == "pix2pixHD":
-        return 0.5 * (least_squares(d(real, c)[0], 1) + least_squares(d(fake, c)[0], 0))
-    if method == "SPADE":
-        return hinge(d(real, c)[0], 1) + hinge(d(fake, c)[0], -1)
+    fake = fake.detach()
     of_real, of_fake = d(real, c), d(fake, c)
+    if method == "pix2pixHD":
+        return 0.5 * (least_squares(of_real, 1) + least_squares(of_fake, 0))
+    if method == "SPADE":
+        return hinge(of_real, 1) + hinge(of_fake, -1)
     swap = (torch.rand(len(mask), 3) < 0.5).float()                     # LabelMix: some labels of each image
     m = torch.gather(swap, 1, mask.flatten(1)).view_as(mask)[:, None]
     consistency = ((d(m * real + (1 - m) * fake, c) - (m * of_real + (1 - m) * of_fake)) ** 2).mean()
@@ -184,34 +177,24 @@ def discriminator_loss(method, d, fake, real, c, mask):
             + 10 * consistency)
 
 # ---- Training ---------------------------------------------------------------------------------------------------------
-def build(method, groups, width):
-    """Generator and discriminator."""
-    k = 3 + groups
-    generator = Pix2pixHD(k, width) if method == "pix2pixHD" else SPADEGenerator(k, width, method == "OASIS")
-    return generator, Segmenter(width, groups) if method == "OASIS" else PatchGAN(k, width)
-
 def condition(mask, code, groups):
     """One-hot mask and group (B, 3 + G, H, W) of mask long (B, H, W) and code (B,)."""
     group = F.one_hot(code, groups)[..., None, None].expand(-1, -1, *mask.shape[1:])
     return torch.cat([F.one_hot(mask, 3).movedim(-1, 1), group], 1).float()
 
-def update(optimizer, loss):
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
 def train(method, setting, data, code, groups, seconds=math.inf, steps=math.inf, batch=8):
     """Train for so many seconds of a core, or steps; returns the EMA of the generator."""
     torch.manual_seed(0)
     width, rate = setting
-    g, d = build(method, groups, width)
-    ema = copy.deepcopy(g).requires_grad_(False)
-    optimizer_g = torch.optim.Adam(g.parameters(), rate, (0.0, 0.99))
-    optimizer_d = torch.optim.Adam(d.parameters(), rate, (0.0, 0.99))
+    k = 3 + groups
+    g = Pix2pixHD(k, width) if method == "pix2pixHD" else SPADEGenerator(k, width, method == "OASIS")
+    d = Segmenter(width, groups) if method == "OASIS" else PatchGAN(k, width)
+    ema = AveragedModel(g, multi_avg_fn=get_ema_multi_avg_fn(0.995), use_buffers=True)
+    optimizers = [torch.optim.Adam(net.parameters(), rate, (0.0, 0.99)) for net in (d, g)]
     image, mask = torch.as_tensor(data["image"])[:, None], torch.as_tensor(data["mask"])
     odds = transunet.draw_weights(code, "oversample")                   # groups equally often, as in controlnet.py
     code, start, step = torch.as_tensor(code), time.process_time(), 0
-    while step < steps and time.process_time() - start < seconds:
+    while step < steps and (spent := (time.process_time() - start) / seconds) < 1:
         index = torch.multinomial(odds, batch, replacement=True)
         real, m = image[index].float() / 127.5 - 1, mask[index].long()
         if torch.rand(()) < 0.5:                                        # left and right eyes
@@ -219,15 +202,15 @@ def train(method, setting, data, code, groups, seconds=math.inf, steps=math.inf,
         c = condition(m, code[index], groups)
         with fairdiff.autocast(c.device):
             fake = g(c)
-            loss = discriminator_loss(method, d, fake.detach(), real, c, m)
-        update(optimizer_d, loss)
-        with fairdiff.autocast(c.device):
-            loss = generator_loss(method, d, fake, real, c, m)
-        update(optimizer_g, loss)
+        for loss_function, optimizer in zip((discriminator_loss, generator_loss), optimizers, strict=True):
+            with fairdiff.autocast(c.device):
+                loss = loss_function(method, d, fake, real, c, m)
+            optimizer.param_groups[0]["lr"] = rate * min(1, 2 - 2 * spent)     # constant, then linearly down, as SPADE's
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        ema.update_parameters(g)
         step += 1
-        for average, value in zip(ema.state_dict().values(), g.state_dict().values(), strict=True):
-            if value.is_floating_point():
-                average.lerp_(value, max(0.005, 9 / (10 + step)))
     print(f"{method}, width {width}, rate {rate}: {step} steps in {time.process_time() - start:.0f} s", flush=True)
     return ema
 
@@ -272,8 +255,7 @@ def main(run="out", out="table1", trials=False, steps: int = None, seeds: list =
             image = generate(ema, masks["mask"], mask_code, len(names))
             fairdiff.save_set(sets[label], masks | {"image": image})
     sets |= {"without points": run / "real-masks-all.npz", "with points": run / "synthetic-all.npz"}
-    items = [f"{label}={path}" for label, path in sets.items()]
-    controlnet.evaluate(run / "judge-1000.pt", run / "data/train.npz", test, items, csv)
+    controlnet.evaluate(run / "judge-1000.pt", run / "data/train.npz", test, [f"{k}={v}" for k, v in sets.items()], csv)
     if trials:
         return
     rows = np.concatenate([np.flatnonzero(mask_code == g)[:4] for g in range(len(names))])
