@@ -206,11 +206,14 @@ def fit(net, config, data, out, device):
     show = torch.multinomial(odds, 24, replacement=True).cpu().numpy()
     data = subset(data, show)
     data["image"] = sample_images(run.ema, config, code[show], data["mask"], device)
-    if config["kind"] == "base":
-        data["mask"] *= 0                               # no outlines: the base sees no masks
-    save_group_grid(f"{out}.png", data, config["attribute"])
+    save_samples(out, data, config)
 
 # ---- Sampling -----------------------------------------------------------------------------------
+def save_samples(out, data, config):
+    """Write a picture of generated images, and their masks, but for a base, which sees no masks."""
+    mask = data["mask"] * (config["kind"] == "control")
+    save_group_grid(f"{out}.png", data | {"mask": mask}, config["attribute"])
+
 def load_generator(path, device, kinds=("base", "control")):
     """The trained network (EMA weights) of a checkpoint, and its config."""
     state = load_checkpoint(path, kinds)
@@ -253,7 +256,7 @@ def sample(checkpoint, masks, out="synthetic.npz", n: int = None, equal=False, s
     data["synthetic"][:] = True
     data["image"] = sample_images(net, config, code[rows], data["mask"], device, steps, seed)
     save_set(out, data)
-    save_group_grid(f"{out}.png", data, config["attribute"])
+    save_samples(out, data, config)
     print(f"{out}: {len(rows)} images")
 
 # ---- Evaluation: do images show their masks, and are they like real ones (Table 1)? -------------

@@ -13,7 +13,7 @@ set -m                                                  # a process group a job,
 OUT=${OUT:-out} ATTRIBUTE=${ATTRIBUTE:-race} SEED=${SEED:-0} SEEDS=${SEEDS:-$SEED} GPUS=${GPUS:-1} METHODS=${METHODS:-}
 DATA=${DATA:-} CROP=${CROP:-512} SPLIT=${SPLIT:-} SKIP_BAD=${SKIP_BAD:-} WEIGHTS=${WEIGHTS:-}
 unset RANK WORLD_SIZE LOCAL_RANK OMP_NUM_THREADS        # nothing but these settings steers a run
-rows="plain oversample groupdro adv fairseg equal balanced no-points oracle" here=$(cd "$(dirname "$0")" && pwd) pids=""
+all="plain oversample groupdro adv fairseg equal balanced no-points oracle" here=$(cd "$(dirname "$0")" && pwd) pids=""
 die() { echo "train.sh: $1" >&2; exit 2; }
 # Python: the one at hand if it has the packages, else a virtual environment, which is whole or not there
 python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "$(python3 -V); expected Python 3.10 or newer"
@@ -37,9 +37,9 @@ case $SCALE in
   *) die "SCALE=$SCALE: expected smoke, cpu, gpu or paper" ;;
 esac
 [ -z "$lanes" ] || METHODS=${METHODS:-plain oversample equal oracle}
-METHODS=${METHODS:-all} METHODS=${METHODS/all/$rows} RARE=${RARE:-$rare}
+METHODS=${METHODS:-all} METHODS=${METHODS/all/$all} RARE=${RARE:-$rare}
 for n in "$SEED" "$GPUS" $SEEDS "${RARE:-0}"; do [[ $n =~ ^(0|[1-9][0-9]*)$ ]] || die "$n: expected a number like 7"; done
-for row in $METHODS; do [[ " $rows " == *" $row "* ]] || die "METHODS=$METHODS: expected all, or some of $rows"; done
+for row in $METHODS; do [[ " $all twice " == *" $row "* ]] || die "METHODS=$METHODS: expected some of: all $all twice"; done
 [ -z "$(printf '%s\n' $METHODS $SEEDS | sort | uniq -d)" ] || die "METHODS=$METHODS SEEDS=$SEEDS: expected each once"
 [[ -z $WEIGHTS || (-f $WEIGHTS && $WEIGHTS == *R50+ViT-B_16.npz && $SCALE == paper) ]] ||
   die "WEIGHTS=$WEIGHTS SCALE=$SCALE: expected the file R50+ViT-B_16.npz, and SCALE=paper"
@@ -106,19 +106,20 @@ generate() {
 }
 # 5. TransUNet (Section 3): every row of the tables takes the same number of steps
 row() {
-  local set=$real flags="--method $1"
+  local set=$real flags="--method $1" steps=$seg
   case $1 in
     no-points | oracle) set=$1.npz flags="" ;; equal) set=mixed.npz flags="" ;; balanced) set=mixed.npz ;;
+    twice) flags="" steps=$((2 * seg)) ;;               # plain, to see whether training was long enough
     judge) flags="--method oversample --width 24" ;;
   esac
-  stage $1-$2 transunet.py train $set $flags $network "${groups[@]}" --steps $seg $fit --seed $2 ${WEIGHTS:+--weights "$WEIGHTS"} --out $1-$2.pt
+  stage $1-$2 transunet.py train $set $flags $network "${groups[@]}" --steps $steps $fit --seed $2 ${WEIGHTS:+--weights "$WEIGHTS"} --out $1-$2.pt
   stage predict-$1-$2 transunet.py predict $1-$2.pt $test_set --out pred/$1-$2.npz
 }
 trainings() { for row in $METHODS; do for n in $SEEDS; do [[ " $1 " != *" $row "* ]] || beside row $row $n; done; done; }
 beside train_base; images_pid=$!
 beside each train_points; points_pid=$!
 beside row judge 1000                                   # a TransUNet that only scores images, for Table 1
-trainings plain
+trainings "plain twice"
 join $images_pid $points_pid
 beside each generate; generate_pid=$!
 trainings "oversample groupdro adv fairseg oracle"
@@ -134,4 +135,4 @@ predictions=$(for row in $METHODS; do for n in $SEEDS; do echo "$row:$n=pred/$ro
 "$python" "$here/fairness.py" table $test_set $predictions "${groups[@]}" --out results.csv > log/table.txt
 "$python" "$here/fairdiff.py" report .
 sed -n '/^mean Dice/,$p' log/table.txt
-echo "all of it in $SECONDS s: $OUT/report.html"
+echo "all of it in $SECONDS s, $seg steps of $batch images for a row: $OUT/report.html"

@@ -7,10 +7,10 @@ one core, as the rows of train.sh have at SCALE=cpu.
 """
 import pathlib
 import sys
-import time
 
 import numpy as np
 import torch
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent))
@@ -19,20 +19,9 @@ import fairdiff  # noqa: E402
 import pointdiff  # noqa: E402
 import transunet  # noqa: E402
 
-def seconds(work, device, repeat=8):
-    """Median seconds of one call after two warm-ups."""
-    times = []
-    for _ in range(repeat + 2):
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return float(np.median(times[2:]))
-
-def fp32(device):
-    """What fairdiff.autocast is replaced with for the comparison."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=False)
+def seconds(work):
+    """Median seconds of one call, after warm-ups; it waits for a GPU to end."""
+    return Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads()).blocked_autorange().median
 
 def bench(base=False):
     """Print the table; base: also of the published TransUNet at 224 px, batch 2."""
@@ -40,7 +29,7 @@ def bench(base=False):
     batch, size = (48, 128) if device.type == "cuda" else (8, 64)
     with fairdiff.autocast(device):
         a = torch.randn(2048, 2048, device=device)
-        peak = 2 * 2048 ** 3 / seconds(lambda: a @ a, device, 3) / 1e9
+        peak = 2 * 2048 ** 3 / seconds(lambda: a @ a) / 1e9
     print(f"{device}, {torch.get_num_threads()} threads, matrix product {peak:.0f} GFLOP/s")
     print(f"{'work':<40}{'a second':>10}{'ms':>10}{'of peak':>9}{'x fp32':>9}")
     mixed = fairdiff.autocast
@@ -48,11 +37,11 @@ def bench(base=False):
     def row(name, items, work):
         with FlopCounterMode(display=False) as flops:
             work()
-        s = seconds(work, device)
+        s = seconds(work)
         share = flops.get_total_flops() / s / 1e9 / peak
         for module in (fairdiff, controlnet, transunet):
-            module.autocast = fp32
-        speedup = seconds(work, device) / s
+            module.autocast = lambda device: torch.autocast(device.type, enabled=False)     # fp32
+        speedup = seconds(work) / s
         for module in (fairdiff, controlnet, transunet):
             module.autocast = mixed
         print(f"{name:<40}{items / s:>10.1f}{1000 * s:>10.1f}{share:>9.1%}{speedup:>9.2f}", flush=True)

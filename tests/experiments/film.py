@@ -19,16 +19,11 @@ import pointdiff  # noqa: E402
 
 SIDE = 192                              # pixels of a picture in the film
 
-class Recorder(torch.nn.Module):
-    """A denoiser that keeps every noisy input it is given."""
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-        self.inputs = []
-
-    def forward(self, x, *condition):
-        self.inputs.append(x[0].cpu().numpy())
-        return self.net(x, *condition)
+def record(net):
+    """A list that will hold every noisy input of a denoiser."""
+    inputs = []
+    net.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0][0].numpy()))
+    return inputs
 
 def draw_points(points):
     """A cloud (N, 3) on white: disc blue, cup orange."""
@@ -49,14 +44,14 @@ def pictures_of_group(out, g):
     config, generator, group = state["config"], torch.Generator().manual_seed(g), torch.tensor([g])
     net, ddpm = pointdiff.build(config)
     net.load_state_dict(state["ema"])
-    recorder, z = Recorder(net), net.sample_prior(group, generator)
-    x = ddpm.sample(recorder, (1, config["points"], 3), group, z, steps=32, eta=1.0, generator=generator)
-    clouds = [cloud * config["std"] + config["mean"] for cloud in (*recorder.inputs, x[0].numpy())]
+    inputs, z = record(net), net.sample_prior(group, generator)
+    x = ddpm.sample(net, (1, config["points"], 3), group, z, steps=32, eta=1.0, generator=generator)
+    clouds = [cloud * config["std"] + config["mean"] for cloud in (*inputs, x[0].numpy())]
     mask = pointdiff.points_to_mask(clouds[-1], config["size"], pointdiff.SMOOTH)
     net, config = controlnet.load_generator(out / "control-all.pt", "cpu")
-    recorder = Recorder(net)
-    image = controlnet.sample_images(recorder, config, np.array([g]), mask[None], torch.device("cpu"), steps=20)
-    noisy = [x[0] * config["std"] + config["mean"] for x in recorder.inputs]
+    inputs = record(net)
+    image = controlnet.sample_images(net, config, np.array([g]), mask[None], torch.device("cpu"), steps=20)
+    noisy = [x[0] * config["std"] + config["mean"] for x in inputs]
     pictures = [*map(draw_points, clouds), *[enlarge(127 * mask)] * 12, *map(enlarge, noisy), *[enlarge(image[0])] * 25]
     return config["groups"][g], pictures
 
