@@ -269,6 +269,24 @@ def judge_images(judge, images, device):
     hook.remove()
     return masks, np.concatenate(features).astype(float)
 
+def table_1(parts, training, n):
+    """Lines of Table 1, from features (N, D) of every group by set, and of all training images.
+    Half of the real ones are the reference; sets of as many images a group, n at most."""
+    shown, reference = zip(*[np.array_split(own, 2) for own in parts["real"]], strict=True)
+    parts = parts | {"real": shown, "reference": reference}
+    sizes = [min(map(len, own)) for own in zip(*parts.values(), strict=True)]
+    groups = [g for g, size in enumerate(sizes) if size >= 4]
+    if not groups:
+        return [["images"]]
+    n = min(n, *(sizes[g] for g in groups))
+    parts = {label: np.concatenate([own[g][:n] for g in groups]) for label, own in parts.items()}
+    reference = parts.pop("reference")
+    lines = []
+    for label, own in parts.items():
+        distance = set_distance(own, reference, training)
+        lines.append([label, *map("{:.4g}".format, distance.values())])
+    return [["images", *distance], *lines]
+
 def evaluate(judge, train, test, sets: list, out="table1.csv", attribute="race", n=100,
              device="auto"):
     """Print a judge's Dice on images against their masks, and Table 1 on its features, also as CSV.
@@ -289,30 +307,20 @@ def evaluate(judge, train, test, sets: list, out="table1.csv", attribute="race",
         scores = np.mean([dice(pred, data["mask"], k) for k in classes], 0)     # (N,)
         results.setdefault(label, []).append((code, scores, features))
     save_group_grid(f"{out}.png", data | {"mask": pred}, attribute)        # of the last file
-    lines, parts = [], {}
+    agreement, parts = [], {}
     for label, files in results.items():
         code, scores, features = map(np.concatenate, zip(*files, strict=True))
         parts[label] = [features[code == g] for g in range(len(names))]
         means = [np.mean(scores[code == g]) if g in code else np.nan for g in range(len(names))]
-        lines.append([label, *map("{:.4f}".format, means)])
-    print_table("the judge's Dice on images against their masks", ["images", *names], lines)
-    halves = [np.array_split(own, 2) for own in parts["real"]]          # shown, reference
-    parts |= {"real": [half[0] for half in halves], "reference": [half[1] for half in halves]}
-    sizes = [min(map(len, own)) for own in zip(*parts.values(), strict=True)]
-    groups = [g for g in range(len(names)) if sizes[g] >= 4]
-    if not groups:
-        return print("no Table 1: expected 4 images of a group in every set, 8 in the test set")
-    n = min(n, *(sizes[g] for g in groups))                        # of every group
-    parts = {label: np.concatenate([own[g][:n] for g in groups]) for label, own in parts.items()}
-    reference = parts.pop("reference")
+        agreement.append([label, *map("{:.4f}".format, means)])
     _, training = judge_images(judge, train["image"], device)
-    lines = []
-    for label, features in parts.items():
-        distance = set_distance(features, reference, training)
-        lines.append([label, *map("{:.4g}".format, distance.values())])
-    heads = ["images", *distance]
+    heads, *lines = table_1(parts, training, n)
     save_csv(out, [heads, *lines])
-    print_table("Table 1, on features of the judge", heads, lines)
+    print_table("the judge's Dice on images against their masks", ["images", *names], agreement)
+    if lines:
+        print_table("Table 1, on features of the judge", heads, lines)
+    else:
+        print("no Table 1: expected 4 images of a group in every set, 8 in the test set")
 
 # ---- Command line -------------------------------------------------------------------------------
 if __name__ == "__main__":

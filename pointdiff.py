@@ -379,8 +379,8 @@ def evaluate(masks, train, test, out="masks.csv", attribute="race"):
             lines.append([name, label, f"{ratio.mean():.3f}", f"{ratio.std():.3f}",
                           *map("{:.4g}".format, distance.values())])
     heads = ["group", "masks", "cup/disc", "its SD", *distance]
-    print_table("sampled masks beside test masks", heads, lines)
     save_csv(out, [heads, *lines])
+    print_table("sampled masks beside test masks", heads, lines)
 
 # ---- Command line -------------------------------------------------------------------------------
 if __name__ == "__main__":
