@@ -10,6 +10,7 @@ B batch, N images, C channels (Ci at level i), H W image, p patch, h w level, E 
 """
 import copy
 import math
+import pathlib
 import sys
 from itertools import cycle, islice, pairwise
 
@@ -64,6 +65,8 @@ class Encoder(nn.Module):
         self.middle2 = ResBlock(widths[-1], widths[-1], emb)
 
     def forward(self, x, t, group, control=0):
+        if math.gcd(*x.shape[2:]) % (4 * self.patch):
+            raise InputError(f"{x.shape[2:]} pixels; expected sides divisible by {4 * self.patch}")
         emb = F.silu(self.time(timestep_embedding(t, self.dim)) + self.group(group + 1))    # (B, E)
         h = self.input_proj(F.pixel_unshuffle(x, self.patch)) + control         # (B, C0, H/p, W/p)
         skips = []
@@ -164,6 +167,8 @@ def train_control(dataset, base, out="control.pt", group: str = None, lock=False
     data = load_set(dataset)
     net, config = load_generator(base, "cpu", ["base"])
     config |= settings | {"base": fingerprint(*net.state_dict().values())}
+    if group and group not in config["groups"]:
+        raise InputError(f"no group {group!r}; expected {', '.join(config['groups'])}")
     code, _ = group_codes(data, config["attribute"], [group] if group else config["groups"])
     data = subset(data, code >= 0) if group else data
     torch.manual_seed(seed)
@@ -172,9 +177,6 @@ def train_control(dataset, base, out="control.pt", group: str = None, lock=False
 def fit(net, config, data, out, device):
     """Train a network on a dataset, groups equally often, and write a picture of its samples."""
     device, world = setup(device)
-    sides = data["image"].shape[1:]
-    if math.gcd(*sides) % (4 * config["patch"]):
-        raise InputError(f"{sides} pixels; expected sides divisible by {4 * config['patch']}")
     code, _ = group_codes(data, config["attribute"], config["groups"])
     config["data"] = fingerprint(data["image"], data["mask"], code)
     steps, ddpm = config["steps"], DDPM()
@@ -206,14 +208,10 @@ def fit(net, config, data, out, device):
     show = torch.multinomial(odds, 24, replacement=True).cpu().numpy()
     data = subset(data, show)
     data["image"] = sample_images(run.ema, config, code[show], data["mask"], device)
-    save_samples(out, data, config)
+    data["mask"] *= config["kind"] == "control"         # no outlines: a base sees no masks
+    save_group_grid(f"{out}.png", data, config["attribute"])
 
 # ---- Sampling -----------------------------------------------------------------------------------
-def save_samples(out, data, config):
-    """Write a picture of generated images, and their masks, but for a base, which sees no masks."""
-    mask = data["mask"] * (config["kind"] == "control")
-    save_group_grid(f"{out}.png", data | {"mask": mask}, config["attribute"])
-
 def load_generator(path, device, kinds=("base", "control")):
     """The trained network (EMA weights) of a checkpoint, and its config."""
     state = load_checkpoint(path, kinds)
@@ -251,12 +249,15 @@ def sample(checkpoint, masks, out="synthetic.npz", n: int = None, equal=False, s
     for name in groups:
         own = np.flatnonzero(code == names.index(name))
         rows += islice(cycle(own), n or len(own))                       # masks in turn
+    if not rows:
+        raise InputError(f"{masks}: no masks of {', '.join(groups)}; expected some")
     data = subset(data, rows)
     data["name"] = np.array([f"{name}-{i}" for i, name in enumerate(data["name"])])
     data["synthetic"][:] = True
     data["image"] = sample_images(net, config, code[rows], data["mask"], device, steps, seed)
     save_set(out, data)
-    save_samples(out, data, config)
+    data["mask"] *= config["kind"] == "control"         # no outlines: a base sees no masks
+    save_group_grid(f"{out}.png", data, config["attribute"])
     print(f"{out}: {len(rows)} images")
 
 # ---- Evaluation: do images show their masks, and are they like real ones (Table 1)? -------------
@@ -300,7 +301,8 @@ def evaluate(judge, train, test, sets: list, out="table1.csv", attribute="race",
     results = {}                                        # by set: codes, Dice, features of each file
     for item in [f"real={test}", *sets]:
         label, _, path = item.rpartition("=")
-        label = label or path.removesuffix(".npz").rpartition("-")[0] or path
+        stem = pathlib.Path(path).stem
+        label = label or stem.rpartition("-")[0] or stem
         data = load_set(path)
         code, _ = group_codes(data, attribute, names)
         pred, features = judge_images(judge, data["image"], device)

@@ -61,7 +61,7 @@ def group_codes(data, attribute, names=None):
     names: sorted, or those given. InputError: no such column, or nobody's group is known."""
     if attribute not in group_columns(data) or not any(data[attribute]):
         raise InputError(f"no group is known in column {attribute!r}; expected --attribute "
-                         f"{' or '.join(group_columns(data))}")
+                         f"{' or '.join(group_columns(data)) or 'and a text column'}")
     names = list(names or sorted(set(data[attribute].tolist()) - {""}))
     code = {name: i for i, name in enumerate(names)}
     return np.array([code.get(name, -1) for name in data[attribute].tolist()], int), names
@@ -75,12 +75,11 @@ def check_set(data, where):
     n = len(data["image"])
     if data["mask"].size == 0 or data["mask"].max() > 2:
         raise InputError(f"{where}: {n} masks of {np.unique(data['mask'])[:9]}; expected 0, 1, 2")
-    names = np.char.zfill(np.arange(n).astype(str), 6)
-    data = {"name": names, "synthetic": np.zeros(n, bool)} | data
+    data = {"name": np.arange(n), "synthetic": np.zeros(n, bool)} | data
     for key in data.keys() - {"image", "mask"}:
         column = np.asarray(data[key])
         if column.shape != (n,) or column.dtype.kind not in "Uiub":
-            raise InputError(f"{where}: {key} {column.dtype} {column.shape}; expected text ({n},)")
+            raise InputError(f"{where}: {key} {column.dtype} {column.shape}; expected {n} texts")
         unknown = column.dtype.kind == "i" and column < 0               # negative codes
         data[key] = np.where(unknown, "", column.astype(str))
     data["synthetic"] = np.isin(data["synthetic"], ("True", "1"))
@@ -189,7 +188,7 @@ def draw_vessels(rng, size, centre, radius):
     return np.asarray(canvas.resize((size, size), Image.Resampling.BOX), np.float32) / 255
 
 def phantom_image(rng, mask, traits):
-    """A grey image uint8 (S, S) as a scanning laser ophthalmoscope might see over a mask."""
+    """A grey image uint8 (S, S) like that of a scanning laser ophthalmoscope, for one mask."""
     size = len(mask)
     disc = (mask > 0).astype(np.float32)
     centre = (np.array(ndimage.center_of_mass(disc + 1e-6))[::-1] + 0.5) / size
@@ -252,7 +251,7 @@ def to_grey(array):
 
 def crop_and_resize(image, mask, crop, size):
     """Cut a square out of image and mask, uint8 (H, W), and resize both to size x size.
-    crop: the side of the largest centred square, or "disc": a square around the disc."""
+    crop: side of the centred square, at most; or "disc": a square around the disc."""
     h, w = mask.shape
     y, x = np.nonzero(mask if crop == "disc" and mask.any() else np.ones_like(mask))
     side = min(h, w, 2.5 * max(np.ptp(y), np.ptp(x)) + 1 if crop == "disc" else crop)
@@ -264,7 +263,7 @@ def crop_and_resize(image, mask, crop, size):
     return np.asarray(image), np.asarray(mask)
 
 def import_all(names, read, labels, size, crop, skip_bad):
-    """A dataset of what read(name) returns: image uint8 and mask (H, W), a dict of group names.
+    """A dataset of what read(name) returns: image uint8 and mask (H, W), a dict of text columns.
     The values `labels` of a mask become 0, 1, 2. InputError: a file cannot be used."""
     rows = []
     for name in tqdm(names, "import", disable=None):
@@ -280,14 +279,15 @@ def import_all(names, read, labels, size, crop, skip_bad):
             continue
         mask = np.select([mask == value for value in labels], range(len(labels)))
         image, mask = crop_and_resize(image, mask.astype(np.uint8), crop, size)
-        rows.append(groups | {"image": image, "mask": mask, "name": pathlib.Path(name).stem})
+        rows.append(groups | {"image": image, "mask": mask})
     if not rows:
         raise InputError(f"none of {len(names)} files can be used")
     return {key: np.array([row[key] for row in rows]) for key in rows[0]}
 
 def save_parts(out, attribute, **parts):
     """Write sets and pictures of them into the folder `out`, say what they hold, warn if odd."""
-    group_codes(parts["train"], attribute)              # InputError before anything is written
+    for data in parts.values():
+        group_codes(data, attribute)                    # InputError before anything is written
     for part, data in parts.items():
         save_set(f"{out}/{part}.npz", data)
         save_group_grid(f"{out}/{part}.npz.png", data, attribute)
@@ -324,28 +324,31 @@ def split_set(data, out, attribute, test_share):
             part[np.isin(patient, own[:round(test_share * len(own))])] = "test"
     train, test = np.flatnonzero(part == "train"), np.flatnonzero(part == "test")
     if not len(train) or not len(test):
-        raise InputError(f"{len(train)} images to train, {len(test)} to test; expected both")
+        raise InputError(f"{len(train)} images to train, {len(test)} to test of {np.unique(part)}; "
+                         "expected both, and train or test as their split")
     save_parts(out, attribute, train=subset(data, train), test=subset(data, test))
     print(f"{len(part) - len(train) - len(test)} images are in neither part")
 
-def number_or_disc(text):
-    """The type of --crop: a whole number, or disc."""
-    return text if text == "disc" else int(text)
+def number_or(word):
+    """An argparse type: a whole number, or this one word."""
+    def number(text):
+        return text if text == word else int(text)
+    return number
 
-def fairseg(folder, out="data", size=64, crop: number_or_disc = 512, split: list = None,
+def fairseg(folder, out="data", size=64, crop: number_or("disc") = 512, split: list = None,
             attribute: str = None, test_share=0.2, skip_bad=False):
     """Import a folder of Harvard-FairSeg files.
     crop: side of the centred square, or disc: around the disc; split: TRAIN.txt TEST.txt."""
     folder = pathlib.Path(folder)
     paths = sorted(folder.rglob("[!.]*.npz"))                           # macOS hides copies
     lists = split or [*folder.glob("train.txt"), *folder.glob("test.txt")]
-    listed = []
-    for path in lists:                                  # numbers of patients, of 5 digits or of 6
+    listed = {}                                         # part by number, of 5 digits or of 6
+    for path, part in zip(lists, ("train", "test"), strict=False):
         text = pathlib.Path(path).read_text(encoding="utf-8-sig")
-        listed.append(set(map(int, re.findall(r"(\d+)(?:\.npz)?\s*$", text, re.M))))
-    if not paths or len(lists) not in (0, 2) or lists and listed[0] & listed[1]:
+        listed |= dict.fromkeys(map(int, re.findall(r"(\d+)(?:\.npz)?\s*$", text, re.M)), part)
+    if not paths or len(lists) not in (0, 2):
         raise InputError(f"{folder}: {len(paths)} .npz files, lists {lists}; expected some files, "
-                         "and both train.txt and test.txt, each patient in one, or neither")
+                         "and both train.txt and test.txt, or neither")
     def read(path):
         with np.load(path, allow_pickle=False) as file:
             found = dict(file)
@@ -355,9 +358,8 @@ def fairseg(folder, out="data", size=64, crop: number_or_disc = 512, split: list
             raise ValueError(f"found {', '.join(found)}; expected slo_fundus and disc_cup_mask")
         part = {"Training": "train", "Test": "test"}.get(path.parent.name, "")
         if lists:
-            number = int(re.findall(r"\d+", path.stem)[-1])
-            part = "train" if number in listed[0] else "test" if number in listed[1] else ""
-        groups = {"split": part}
+            part = listed.get(int(re.findall(r"\d+", path.stem)[-1]), "neither")
+        groups = {"name": path.stem, "split": part}
         for key, names in FAIRSEG_GROUPS.items():
             alias = {"gender": "male", "ethnicity": "hispanic"}.get(key)
             code = int(np.ravel(found.get(key, found.get(alias, -1)))[0])
@@ -367,21 +369,21 @@ def fairseg(folder, out="data", size=64, crop: number_or_disc = 512, split: list
         groups["age"] = "" if not age > 0 else "<60" if age < 60 else ">=60"
         return image[0], mask[0], groups                # -1 or 1 rim, -2 or 2 cup
     data = import_all(paths, read, [0, 1, 2], size, crop, skip_bad)
-    if np.isin(data["race"], ("code 3", "code 7")).any():               # a book with codes 2, 3, 7
+    if np.isin(data["race"], ("code 3", "code 7")).any():   # other book: 2 Asian, 3 Black, 7 White
         book = {"White": "Asian", "code 3": "Black", "code 7": "White"}
         data["race"] = np.array([book.get(name, "") for name in data["race"]])
     split_set(data, out, attribute, test_share)
 
-def images(images, masks, groups, out="data", size=64, crop: number_or_disc = 512, labels="0,1,2",
-           channel: typing.Literal["all", "green"] = "all", attribute: str = None, test_share=0.2,
-           skip_bad=False):
+def images(images, masks, groups, out="data", size=64, crop: number_or("disc") = 512,
+           labels="0,1,2", channel: typing.Literal["all", "green"] = "all", attribute: str = None,
+           test_share=0.2, skip_bad=False):
     """Import pictures, masks of the same name, and a table (CSV) whose first column names them.
     Its other columns are groups, or `patient`, or `split`: train or test. labels: mask values of
     background, rim and cup; channel all: the luminance; crop and attribute: see fairseg."""
     with open(groups, newline="", encoding="utf-8-sig") as file:
-        table = {next(iter(row.values())): row for row in csv.DictReader(file)}
-    pictures, masks = ({path.stem: path for path in sorted(pathlib.Path(folder).glob("[!.]*"))}
-                       for folder in (images, masks))
+        table = {next(iter(row.values())): row for row in csv.DictReader(file, restval="")}
+    pictures = {path.stem: path for path in pathlib.Path(images).iterdir()}
+    masks = {path.stem: path for path in pathlib.Path(masks).iterdir()}
     def read(name):
         stem = name if name in pictures else pathlib.Path(name).stem
         picture, mask = Image.open(pictures[stem]), Image.open(masks[stem])
@@ -390,7 +392,7 @@ def images(images, masks, groups, out="data", size=64, crop: number_or_disc = 51
         image = np.asarray(picture)
         image = image[..., 1] if channel == "green" else to_grey(image)
         mask = mask.convert("L") if mask.mode.startswith("RGB") else mask
-        return image, np.asarray(mask), dict(list(table[name].items())[1:])
+        return image, np.asarray(mask), dict(list(table[name].items())[1:]) | {"name": stem}
     print(f"{len(pictures)} pictures, {len(table)} rows in {groups}")
     labels = [int(value) for value in re.findall(r"\d+", labels)]
     data = import_all(list(table), read, labels, size, crop, skip_bad)
@@ -407,9 +409,7 @@ def export(dataset, folder, png=False):
     """Write a dataset as Harvard-FairSeg files, or with --png as pictures for other tools."""
     data, folder = load_set(dataset), pathlib.Path(folder)
     for name in ("image", "mask") if png else ("",):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    if any(path.is_file() for path in folder.rglob("*")):
-        raise InputError(f"{folder}: holds files; expected a new folder, or patients would mix")
+        (folder / name).mkdir(parents=True)             # OSError if it exists: patients would mix
     for i in range(len(data["name"])):
         patient = subset(data, i)
         if png:
@@ -460,7 +460,7 @@ class Run:
     Continues an interrupted training; InputError: the file holds another config. All that is random
     in a step comes from (seed, step), so on a CPU it ends bit for bit like an unbroken one."""
     def __init__(self, path, config, net, optimizer, decay):
-        config = {key: config[key] for key in config.keys() - {"dataset", "out", "device"}}
+        config = {key: config[key] for key in config if key not in ("dataset", "out", "device")}
         self.path, self.config, self.net, self.optimizer = path, config, net, optimizer
         if next(net.parameters()).is_cuda:              # convolutions are faster so
             net.to(memory_format=torch.channels_last)
@@ -496,7 +496,7 @@ class Run:
 
     def update(self, loss):
         """Move the EMA towards the weights and log the loss; FloatingPointError if not finite."""
-        keep = min(self.decay, (1 + self.step) / (10 + self.step))      # less at first
+        keep = min(self.decay, (1 + self.step) / (10 + self.step))      # at first shorter
         weights = self.net.state_dict()
         for name, average in self.ema.state_dict().items():
             if average.is_floating_point():
@@ -504,8 +504,8 @@ class Run:
         if self.step % 50 == 49 or self.step + 1 == self.config["steps"]:
             self.losses.append([self.step + 1, loss.item()])
             if not all(value.isfinite().all() for value in (loss, *weights.values())):
-                raise FloatingPointError(f"loss {loss.item()} at step {self.step + 1}: lower --lr?"
-                                         f" {self.path} keeps the last good state")
+                raise FloatingPointError(f"loss {loss.item()} at step {self.step + 1}; try a "
+                                         f"lower --lr; {self.path}, if it is there, is from before")
 
     def save(self):
         """Write the checkpoint, whole or not at all."""
@@ -569,8 +569,6 @@ background: linear-gradient(hsl(var(--hue) 50% 50%) 0 0) no-repeat 0 / var(--wid
 def report(out):
     """Write OUT/report.html: the result, then pictures and logs of all stages in their order."""
     out = pathlib.Path(out)
-    if not (out / "log/table.txt").is_file():
-        raise InputError(f"{out}: no log/table.txt; expected the folder of a finished train.sh")
     result = (out / "log/table.txt").read_text(errors="replace").partition("mean Dice")
     page = [PAGE, f"<pre>{html.escape(''.join(result[1:]))}</pre>",
             (out / "results.csv.html").read_text(encoding="utf-8")]
@@ -624,15 +622,18 @@ def command_line(*functions, argv=None):
     try:
         settings = vars(parser.parse_args(argv))
         for key, value in settings.items():
-            if type(value) is int and value < (key not in ("seed", "test", "rare")):
-                raise InputError(f"--{key} {value}; expected a larger number")
+            lowest = 0 if key in ("seed", "test") else 1
+            if type(value) is int and value < lowest:
+                raise InputError(f"--{key.replace('_', '-')} {value}; expected {lowest} or more")
         settings.pop("function")(**settings)
         return 0
     except BrokenPipeError:                             # `... | head` has read enough
         sys.stdout = open(os.devnull, "w")
         return 1
-    except (InputError, OSError, FloatingPointError, torch.cuda.OutOfMemoryError) as error:
-        code, line = 2 if isinstance(error, (InputError, OSError)) else 1, error
+    except (InputError, OSError, UnicodeError) as error:
+        code, line = 2, error
+    except (FloatingPointError, torch.cuda.OutOfMemoryError) as error:
+        code, line = 1, error
     except KeyboardInterrupt:
         code, line = 130, "interrupted; the same command continues a training"
     print(f"{parser.prog}: {line}", file=sys.stderr)
@@ -643,17 +644,13 @@ def phantom(out="data", train=1000, test=2000, size=64, seed=0, shift=1.0, balan
     """Draw phantom patients: OUT/train.npz and, unless --test is 0, OUT/test.npz.
     shift: how far the races differ; balance: a column whose groups are made equal in size; rare:
     so many Asian patients stay, others become White; attribute: the column in the picture."""
-    seed = 4 * seed + 2 * bool(balance)                 # sets of one seed share no patient
+    seed = 4 * seed + 2 * bool(balance)                 # the three sets of a seed share nobody
     parts = {"train": make_phantom(train, size, seed, shift, balance, rare)}
     if test:
         parts["test"] = make_phantom(test, size, seed + 1, shift, balance)
     save_parts(out, balance or attribute, **parts)
 
-def number_or_max(text):
-    """The type of --target: a whole number, or max."""
-    return text if text == "max" else int(text)
-
-def mix(real, synthetic: list, out="mixed.npz", attribute="race", target: number_or_max = None,
+def mix(real, synthetic: list, out="mixed.npz", attribute="race", target: number_or("max") = None,
         n_real: int = None, seed=0):
     """Write the Equal Scale set (Eq. 6) of a real set and synthetic ones, and print the counts.
     target: images per group, by default real images / groups, or max: the largest group; n_real:

@@ -78,7 +78,7 @@ def report_rows(draws, group, names, p, ci):
     return [*rows, Row("p", int(sizes.sum()), p, np.nan, np.nan)]
 
 def welch_statistic(scores, group):
-    """Welch's (1951) statistic (...) of scores (..., N): how far apart the group means lie."""
+    """Numerator of Welch's (1951) statistic (...) of scores (..., N): distance of group means."""
     codes, sizes = np.unique(group, return_counts=True)
     means = np.stack([scores[..., group == code].mean(-1) for code in codes], -1)
     variances = np.stack([scores[..., group == code].var(-1) for code in codes], -1)
@@ -89,7 +89,7 @@ def welch_statistic(scores, group):
 def fair_report(scores, group, names=None, n_boot=2000, seed=0, ci=0.95):
     """List of Row: overall, each group present, es (Eq. 7), sd, worst, gap, eq1 (Eq. 1) and p.
     scores: (N,) in [0, 1]; group: codes (N,); names: of the codes. lo, hi: bootstrap within groups.
-    p: permutation test of equal group means. sd and gap are never below 0: see `chance_level`."""
+    p: permutation test of equal group means. sd and gap of equal groups: see `chance_level`."""
     known = scores[group >= 0]
     labels = group[group >= 0]
     shuffled = np.random.default_rng(seed).permuted(np.tile(known, (n_boot, 1)), axis=1)
@@ -156,10 +156,10 @@ def score_predictions(items, truth):
     """Scores {(method, structure, metric): {seed: (N,)}} of items NAME=FILE or NAME:SEED=FILE."""
     scores = {}
     for item in items:
-        label, _, path = item.partition("=")
+        label, _, path = item.rpartition("=")
         method, _, seed = label.partition(":")
         pred = load_set(path)
-        if not np.array_equal(pred["name"], truth["name"]):
+        if pred["mask"].shape != truth["mask"].shape or (pred["name"] != truth["name"]).any():
             raise InputError(f"{path}: other images; expected predictions of this very set")
         for metric in (dice, iou):
             codes = structures(truth["mask"])

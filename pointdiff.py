@@ -234,7 +234,7 @@ class DDPM:
         """Samples by DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2); clip: bounds of x_0.
         eta 1: by DDIM with new noise in every step (Song et al. 2021), which varies more."""
         x = torch.randn(shape, generator=generator, device=generator.device)
-        # steps lie densest where the noise is strong, and at its end, where it is as fine as grain
+        # a raised cosine: steps lie densest at strong noise, and near the last one, t = 0.024 T
         angle = torch.linspace(0, 0.9 * math.pi, steps)
         times = ((self.T - 1) * (0.5 + 0.5 * angle.cos())).round().long().unique().flip(0)
         alpha = self.alpha_bar[times].sqrt()                            # (steps,)
@@ -278,7 +278,7 @@ def train(dataset, out="points.pt", attribute="race", group: str = None, width=9
     rows = np.flatnonzero(members & data["mask"].any((1, 2)))
     if not len(rows):
         raise InputError(f"{dataset}: no mask with a disc of {group or 'any group'}")
-    clouds = np.stack([mask_to_points(data["mask"][i]) for i in tqdm(rows, "masks to points")])
+    clouds = np.stack([mask_to_points(data["mask"][i]) for i in tqdm(rows, "points", disable=None)])
     mean = clouds.mean((0, 1))
     std = clouds.std((0, 1)) + 1e-6
     x = torch.as_tensor((clouds - mean) / std, device=device)           # (M, 512, 3)
@@ -303,11 +303,11 @@ def train(dataset, out="points.pt", attribute="race", group: str = None, width=9
             kl = 0.5 * (mu ** 2 + var - var.log() - 1).sum(1).mean()    # KL(q(z|x) || N(0, I))
             loss = ddpm.loss(model, x0, code[index], z)
         optimizer.zero_grad()
-        (loss + 1e-5 * kl).backward()                                   # little: z tells the shape
+        (loss + 1e-5 * kl).backward()                                   # small, or z would be empty
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         run.update(loss)
-    run.ema.fit_prior(x, code)                                          # in place of N(0, I)
+    run.ema.fit_prior(x, code)                          # sampling draws z from it
     run.save()
 
 # ---- Sampling -----------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ def sample(checkpoint, out="masks.npz", group: str = None, n: int = None, size: 
         generator = torch.Generator(device).manual_seed(1000 * seed + g)
         clouds, drawn = [], 0
         while len(clouds) < n:
-            code = torch.full((min(100, n - len(clouds) + 4),), g, device=device)
+            code = torch.full((min(100, n - len(clouds) + 4),), g, device=device)   # 4 to spare
             z = net.sample_prior(code, generator)
             x = ddpm.sample(net, (len(code), config["points"], 3), code, z, steps=steps, eta=1.0,
                             generator=generator, clip=(-4, 4))
@@ -368,14 +368,14 @@ def evaluate(masks, train, test, out="masks.csv", attribute="race"):
         code[~data["mask"].any((1, 2))] = -1
         features.append([outline_features(data["mask"][code == g]) for g in range(len(names))])
     lines, distance = [], {}
-    for name, generated, known, real in zip(names, *features, strict=True):
-        if min(len(generated), len(known), len(real)) < 4:
+    for name, generated, train, test in zip(names, *features, strict=True):
+        if min(len(generated), len(train), len(test)) < 4:
             print(f"{name}: fewer than 4 generated, training or test masks, left out")
             continue
-        half = len(real) // 2
-        for label, part in (("generated", generated[:half]), ("real", real[half:])):
+        half = len(test) // 2
+        for label, part in (("generated", generated[:half]), ("real", test[half:])):
             ratio = part[:, 20:].mean(1) / part[:, 2:18].mean(1)        # mean radius, cup / disc
-            distance = set_distance(part, real[:half], known)
+            distance = set_distance(part, test[:half], train)
             lines.append([name, label, f"{ratio.mean():.3f}", f"{ratio.std():.3f}",
                           *map("{:.4g}".format, distance.values())])
     heads = ["group", "masks", "cup/disc", "its SD", *distance]

@@ -201,7 +201,7 @@ class TransUNet(nn.Module):
                     value = value.reshape(shape[1], shape[0]).T         # merges the heads
                 own[name].copy_(value.reshape(shape))
         except Exception as error:                      # KeyError, ValueError, zip errors
-            raise InputError(f"{path}: {error}; expected R50+ViT-B_16.npz") from None
+            raise InputError(f"{path}: {error}; expected R50+ViT-B_16.npz, and --base") from None
         return unfilled
 
 # ---- Losses -------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def groupdro_loss(losses, group, q, rate):
 
 def fairseg_loss(logits, mask, group, n_groups, gamma):
     """FairSeg's error-bound scaling (Tian et al. 2024): cross-entropy and a Dice of scaled p.
-    Only groups in the batch are compared; as published, one that is absent makes all scales 0."""
+    Only groups in the batch are compared; as published, an absent one would make all scales 0."""
     logits = logits.float()
     p = logits.softmax(1)
     error, count = group_means(soft_dice(p.detach(), mask, (2, 3)).mean(1), group, n_groups)
@@ -254,8 +254,8 @@ def adversary_loss(logits, group, weight):
 METHODS = ("plain", "oversample", "balanced", "groupdro", "adv", "fairseg")
 
 def draw_weights(code, method, synthetic=0):
-    """Odds (N,) of drawing an image: equal, or each group alike; with "balanced", ours, in a group
-    real and synthetic (bool (N,)) images alike, too. Unknown: like the average image."""
+    """Odds (N,) of drawing an image: equal for all, or for all groups; "balanced" (ours): equal for
+    real and synthetic (bool (N,)) images of a group, too. Unknown groups: the average odds."""
     weight = np.ones(len(code))
     if method in ("oversample", "balanced", "groupdro"):
         part = 2 * code + synthetic * (method == "balanced")
@@ -282,7 +282,7 @@ def method_loss(net, method, strength, progress, rarity, logits, token, mask, gr
     if method == "fairseg":
         return fairseg_loss(logits, mask, group, n_groups, strength)
     if method == "groupdro":
-        losses = [seg_loss(*image) for image in zip(logits.split(1), mask.split(1), strict=True)]
+        losses = [seg_loss(*pair) for pair in zip(logits.split(1), mask.split(1), strict=True)]
         loss, net.q = groupdro_loss(torch.stack(losses), group, net.q, strength)
         return loss
     loss = seg_loss(logits, mask)
@@ -305,7 +305,7 @@ def train(dataset, out="seg.pt", method: Literal[METHODS] = "plain", strength=1.
     code, names = group_codes(data, attribute)
     if not data["mask"].any():
         raise InputError(f"{dataset}: all masks are empty; expected labels 1 and 2 in some")
-    if batch < world or batch // world == 1 and data["mask"][0].size == 256:    # for BatchNorm
+    if batch < world or batch // world == 1 and data["mask"][0].size == 256:    # BatchNorm: 1 token
         raise InputError(f"--batch {batch} on {world} devices; expected more, or larger images")
     lr = lr or {"adamw": 4e-3, "sgd": 0.01}[optimizer]
     config |= {"groups": names, "data": fingerprint(data["image"], data["mask"], code)}

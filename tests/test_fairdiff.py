@@ -180,13 +180,14 @@ def test_crop_disc_finds_the_disc(here, refused):
     assert abs(np.argwhere(mask).mean(0) - 23.5).max() < 3 and 0.08 < mask.mean() < 0.2
 
 def test_columns_of_the_table(here):
-    """Rows keep their picture and group, splits are followed, else patients stay together; names hold any letters."""
-    own = [f"Jos\u00e9 \u7720 {i:02d}" for i in range(20)]
+    """Rows keep picture and group; splits are followed, else patients stay together; names of any letters, no ending."""
+    own = [f"Jos\u00e9 \u7720 1.{i:02d}" for i in range(20)]
     columns = {"file": [f"{name}.png" for name in own], "scanner": ["\u00c5", "B"] * 10, "mask": ["m.png"] * 20}
     write_images(20, **columns, split=["test", "train", "", "train"] * 5)
     assert run(fairdiff, *IMAGES) == 0
     assert imported("test")["name"].tolist() == own[::4] and imported("train")["name"].tolist() == own[1::2]
     write_images(20, **columns, patient=[f"p{i % 10}" for i in range(20)])
+    pathlib.Path("groups.csv").write_text(pathlib.Path("groups.csv").read_text("utf-8").replace(".png", ""), "utf-8")
     assert run(fairdiff, *IMAGES) == 0 and len({name[-1] for name in imported("test")["name"]}) == 2
     data = imported()
     assert data["scanner"].tolist() == columns["scanner"] and data["image"].min((1, 2)).tolist() == [*range(10, 30)]
@@ -229,7 +230,7 @@ def test_fairseg_files_come_back_as_they_were(here, phantom, refused):
 
 def test_dialects_and_lists_of_fairseg(here, refused):
     """Race codes 2, 3, 7, age in days, FairDomain's key, folders Training and Test, hidden files of a Mac. Lists split
-    in place of folders; one alone, or a patient in both, is refused. A broken link is listed as damaged."""
+    in place of folders; one alone is refused; a patient in both is not trained on. A broken link is listed as damaged."""
     for i in range(9):
         path = pathlib.Path("f", "Test" if i < 3 else "Training", f"data_{i:05d}.npz")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -244,11 +245,11 @@ def test_dialects_and_lists_of_fairseg(here, refused):
     refused(fairdiff, "fairseg", "f", words="data_00009")
     pathlib.Path("f/train.txt").write_text("/home/x/data_000003.npz\nC:\\y\\data_00004.npz\n")
     refused(fairdiff, "fairseg", "f", words="train.txt")
-    pathlib.Path("f/test.txt").write_text("data_00004\n")
-    refused(fairdiff, "fairseg", "f", words="both")
-    pathlib.Path("f/test.txt").write_text("data_00001\ndata_00002\n")
+    pathlib.Path("f/test.txt").write_text("data_00099\n")
+    refused(fairdiff, "fairseg", "f", "--skip-bad", words="0 to test")   # lists of other files
+    pathlib.Path("f/test.txt").write_text("data_00001\ndata_00004\n")
     assert run(fairdiff, "fairseg", "f", "--skip-bad") == 0
-    assert [name[-1] for part in ("train", "test") for name in imported(part)["name"]] == [*"3412"]
+    assert [name[-1] for part in ("train", "test") for name in imported(part)["name"]] == [*"314"]
 
 @pytest.mark.parametrize("pipe, env", [("| head -n 0", "PYTHONUNBUFFERED=1"), ("", "PYTHONIOENCODING=ascii LC_ALL=C")])
 def test_a_closed_pipe_and_an_ascii_terminal_do_no_harm(here, pipe, env):

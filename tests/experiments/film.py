@@ -55,9 +55,8 @@ def pictures_of_group(out, g):
     pictures = [*map(draw_points, clouds), *[enlarge(127 * mask)] * 12, *map(enlarge, noisy), *[enlarge(image[0])] * 25]
     return config["groups"][g], pictures
 
-def main():
-    """Write the animation and copy the pictures."""
-    out = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "out")
+def main(out):
+    """Write the animation of a run's folder and copy its pictures."""
     names, columns = zip(*[pictures_of_group(out, g) for g in range(3)], strict=True)
     film = []
     for tiles in zip(*columns, strict=True):
@@ -73,4 +72,4 @@ def main():
     print(f"{path}: {len(film)} frames, {path.stat().st_size / 1e6:.2f} MB")
 
 if __name__ == "__main__":
-    main()
+    main(pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "out"))
