@@ -73,9 +73,8 @@ trap 'echo "train.sh: interrupted; the same command continues" >&2; exit 130' IN
 real=data/train.npz test_set=data/test.npz groups=(--attribute "$ATTRIBUTE") seed="--seed $SEED"
 sampler="--steps $images $seed" fit="--batch $batch"
 if [ -z "$DATA" ]; then
-  beside stage data fairdiff.py phantom --size $size --train $train --test $test $seed ${RARE:+--rare $RARE} "${groups[@]}" --out data
-  beside stage fresh fairdiff.py phantom --size $size --train $train --test 0 $seed --balance "$ATTRIBUTE" "${groups[@]}" --out fresh
-  join $pids
+  stage data fairdiff.py phantom --size $size --train $train --test $test $seed ${RARE:+--rare $RARE} "${groups[@]}" --out data
+  stage fresh fairdiff.py phantom --size $size --train $train --test 0 $seed --balance "$ATTRIBUTE" "${groups[@]}" --out fresh
   stage oracle fairdiff.py mix $real fresh/train.npz "${groups[@]}" $seed --out oracle.npz
 elif [[ -f $DATA || -f $DATA/train.npz ]]; then
   stage data fairdiff.py split "$DATA" "${groups[@]}" --out data
@@ -104,7 +103,7 @@ generate() {
   stage synthetic-$1 controlnet.py sample control-$1.pt masks-$1.npz $sampler --out synthetic-$1.npz
   stage real-masks-$1 controlnet.py sample control-$1.pt $real --equal $sampler --out real-masks-$1.npz
 }
-# 5. TransUNet (Section 3): every row of the tables takes the same number of steps
+# 4. TransUNet (Section 3): every row of the tables takes the same number of steps
 row() {
   local set=$real flags="--method $1" steps=$seg
   case $1 in
@@ -124,7 +123,7 @@ join $images_pid $points_pid
 beside each generate; generate_pid=$!
 trainings "oversample groupdro adv fairseg oracle"
 join $generate_pid
-# 4. Equal Scale (Section 2.4, Eq. 6), and the same over the masks of training images: without the point model
+# 5. Equal Scale (Section 2.4, Eq. 6), and the same over the masks of training images: without the point model
 stage mix fairdiff.py mix $real synthetic-*.npz "${groups[@]}" $seed --out mixed.npz
 stage mix-no-points fairdiff.py mix $real real-masks-*.npz "${groups[@]}" $seed --out no-points.npz
 trainings "equal balanced no-points"
