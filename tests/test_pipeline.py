@@ -206,7 +206,6 @@ def test_killed_and_continued_equals_unbroken(here, phantom, monkeypatch, capsys
     if "base.pt" in line:
         assert run(controlnet, "train-base", "set.npz", "--width", 8, "--batch", 4, "--steps", 1) == 0
     update, steps = fairdiff.Run.update, []
-
     def interrupted(training, loss):
         steps.append(training.step)
         if len(steps) == 8 + 6:
