@@ -65,8 +65,9 @@ class Encoder(nn.Module):
         self.middle2 = ResBlock(widths[-1], widths[-1], emb)
 
     def forward(self, x, t, group, control=0):
-        if math.gcd(*x.shape[2:]) % (4 * self.patch):
-            raise InputError(f"{x.shape[2:]} pixels; expected sides divisible by {4 * self.patch}")
+        height, width = x.shape[2:]
+        if math.gcd(height, width) % (4 * self.patch):
+            raise InputError(f"{height} x {width} pixels; expected multiples of {4 * self.patch}")
         emb = F.silu(self.time(timestep_embedding(t, self.dim)) + self.group(group + 1))    # (B, E)
         h = self.input_proj(F.pixel_unshuffle(x, self.patch)) + control         # (B, C0, H/p, W/p)
         skips = []

@@ -61,7 +61,7 @@ def group_codes(data, attribute, names=None):
     names: sorted, or those given. InputError: no such column, or nobody's group is known."""
     if attribute not in group_columns(data) or not any(data[attribute]):
         raise InputError(f"no group is known in column {attribute!r}; expected --attribute "
-                         f"{' or '.join(group_columns(data)) or 'and a text column'}")
+                         f"{' or '.join(group_columns(data)) or 'of a text column'}")
     names = list(names or sorted(set(data[attribute].tolist()) - {""}))
     code = {name: i for i, name in enumerate(names)}
     return np.array([code.get(name, -1) for name in data[attribute].tolist()], int), names
@@ -505,7 +505,7 @@ class Run:
             self.losses.append([self.step + 1, loss.item()])
             if not all(value.isfinite().all() for value in (loss, *weights.values())):
                 raise FloatingPointError(f"loss {loss.item()} at step {self.step + 1}; try a "
-                                         f"lower --lr; {self.path}, if it is there, is from before")
+                                         f"lower --lr; {self.path} is from before, if any")
 
     def save(self):
         """Write the checkpoint, whole or not at all."""

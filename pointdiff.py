@@ -303,7 +303,7 @@ def train(dataset, out="points.pt", attribute="race", group: str = None, width=9
             kl = 0.5 * (mu ** 2 + var - var.log() - 1).sum(1).mean()    # KL(q(z|x) || N(0, I))
             loss = ddpm.loss(model, x0, code[index], z)
         optimizer.zero_grad()
-        (loss + 1e-5 * kl).backward()                                   # small, or z would be empty
+        (loss + 1e-5 * kl).backward()                                   # small, or z tells nothing
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         run.update(loss)

@@ -305,7 +305,7 @@ def train(dataset, out="seg.pt", method: Literal[METHODS] = "plain", strength=1.
     code, names = group_codes(data, attribute)
     if not data["mask"].any():
         raise InputError(f"{dataset}: all masks are empty; expected labels 1 and 2 in some")
-    if batch < world or batch // world == 1 and data["mask"][0].size == 256:    # BatchNorm: 1 token
+    if batch < world or batch // world == 1 and data["mask"][0].size == 256:    # for BatchNorm
         raise InputError(f"--batch {batch} on {world} devices; expected more, or larger images")
     lr = lr or {"adamw": 4e-3, "sgd": 0.01}[optimizer]
     config |= {"groups": names, "data": fingerprint(data["image"], data["mask"], code)}

@@ -126,6 +126,7 @@ def test_phantom_with_fewer_rare_patients_and_without_difference():
 
 def test_phantom_sets_of_one_seed_share_no_patient(here, refused):
     """Training, test and a balanced set share no picture and no name; a column that is not there is refused at once."""
+    refused(fairdiff, "phantom", "--rare", 0, words="--rare 0 1")
     refused(fairdiff, "phantom", "--train", 6, "--size", 32, "--attribute", "site", words="'site' race")
     assert not os.path.exists("data") and run(fairdiff, "phantom", "--train", 30, "--test", 31, "--size", 32) == 0
     argv = ["--train", 32, "--test", 0, "--size", 32, "--balance", "age", "--out", "even"]
@@ -246,7 +247,7 @@ def test_dialects_and_lists_of_fairseg(here, refused):
     pathlib.Path("f/train.txt").write_text("/home/x/data_000003.npz\nC:\\y\\data_00004.npz\n")
     refused(fairdiff, "fairseg", "f", words="train.txt")
     pathlib.Path("f/test.txt").write_text("data_00099\n")
-    refused(fairdiff, "fairseg", "f", "--skip-bad", words="0 to test")   # lists of other files
+    refused(fairdiff, "fairseg", "f", "--skip-bad", "--split", *["f/test.txt"] * 2, words="0 to test")  # other files
     pathlib.Path("f/test.txt").write_text("data_00001\ndata_00004\n")
     assert run(fairdiff, "fairseg", "f", "--skip-bad") == 0
     assert [name[-1] for part in ("train", "test") for name in imported(part)["name"]] == [*"314"]

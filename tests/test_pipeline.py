@@ -164,7 +164,7 @@ def test_a_small_set_of_ones_own_reaches_its_table(folder):
     assert code == 0, out[-2000:] + err[-2000:]
     assert set(fairdiff.load_set(folder / "own/data/test.npz")["scanner"]) == {"A", "B"}
     assert {"A", "B", "overall"} <= {row["group"] for row in results(folder / "own", structure="structure")}
-    assert len(re.findall(r"^\| (?:equal|twice) ", out, re.M)) == 2 and "medical" not in out
+    assert len(re.findall(r"^\| (?:equal|twice) ", out, re.M)) == 2 and "--steps 20 " in out and "medical" not in out
 
 def test_fairseg_files_a_failing_stage_and_a_new_file(folder, phantom):
     """A folder of FairSeg files is imported; a stage that fails ends the run without a table; a new file is noticed."""
@@ -222,7 +222,7 @@ def test_killed_and_continued_equals_unbroken(here, phantom, monkeypatch, capsys
     assert re.search("lr was .*, now 0.5", capsys.readouterr().err.splitlines()[-1])
 
 @pytest.mark.parametrize("module, command, size, disc, words", [
-    (controlnet, "train-base", 36, 1, "36 divisible 8"), (transunet, "train", 32, 0, "empty"),
+    (controlnet, "train-base", 36, 1, "36 multiples 8"), (transunet, "train", 32, 0, "empty"),
     (transunet, "train", 16, 1, "--batch")])
 def test_sets_that_cannot_be_learnt_are_refused(here, refused, module, command, size, disc, words):
     """36 px cannot be halved three times, empty masks teach nothing, 16 px one by one are too little for BatchNorm."""

@@ -33,7 +33,6 @@ def bench(base=False):
     print(f"{device}, {torch.get_num_threads()} threads, matrix product {peak:.0f} GFLOP/s")
     print(f"{'work':<40}{'a second':>10}{'ms':>10}{'of peak':>9}{'x fp32':>9}")
     mixed = fairdiff.autocast
-
     def row(name, items, work):
         with FlopCounterMode(display=False) as flops:
             work()

@@ -260,7 +260,7 @@ def main(run="out", out="table1", trials=False, steps: int = None, seeds: list =
         for label, path in list(sets.items())[1:] if seeds else ():
             worst = [downstream(run, out, label, path, seed) for seed in seeds]
             half = 4.30 * np.std(worst, ddof=1) / np.sqrt(3) if len(worst) == 3 else np.nan     # Student's t, 2 degrees
-            print(f"TransUNet on Equal Scale with {label}: worst group {np.mean(worst):.4f} ± {half:.4f}", flush=True)
+            print(f"TransUNet on Equal Scale, images of {label}: worst group {np.mean(worst):.4f} ± {half:.4f}", flush=True)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
