@@ -188,7 +188,7 @@ def fit(net, config, data, out, device):
     image = torch.as_tensor(data["image"], device=device)[:, None]      # (N, 1, H, W)
     mask = torch.as_tensor(data["mask"], device=device)                 # (N, H, W)
     group = torch.as_tensor(code, device=device)                        # (N,)
-    odds = draw_weights(code, "oversample").to(device)
+    odds = draw_weights(code, "oversample")
     for step in run.steps():
         cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)
         optimizer.param_groups[0]["lr"] = config["lr"] * min((step + 1) / 50, cosine)
@@ -206,7 +206,7 @@ def fit(net, config, data, out, device):
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         run.update(loss)
-    show = torch.multinomial(odds, 24, replacement=True).cpu().numpy()
+    show = torch.multinomial(odds, 24, replacement=True).numpy()
     data = subset(data, show)
     data["image"] = sample_images(run.ema, config, code[show], data["mask"], device)
     data["mask"] *= config["kind"] == "control"         # no outlines: a base sees no masks

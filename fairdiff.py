@@ -462,8 +462,6 @@ class Run:
     def __init__(self, path, config, net, optimizer, decay):
         config = {key: config[key] for key in config if key not in ("dataset", "out", "device")}
         self.path, self.config, self.net, self.optimizer = path, config, net, optimizer
-        if next(net.parameters()).is_cuda:              # convolutions are faster so
-            net.to(memory_format=torch.channels_last)
         self.ema = copy.deepcopy(net).requires_grad_(False)
         self.decay = decay
         self.rank = int(os.environ.get("RANK", 0))

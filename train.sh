@@ -41,7 +41,8 @@ METHODS=${METHODS:-all} METHODS=${METHODS/all/$all} RARE=${RARE:-$rare}
 for n in "$SEED" "$GPUS" $SEEDS "${RARE:-0}"; do [[ $n =~ ^(0|[1-9][0-9]*)$ ]] || die "$n: expected a number like 7"; done
 for row in $METHODS; do [[ " $all twice " == *" $row "* ]] || die "METHODS=$METHODS: expected some of: all $all twice"; done
 [ -z "$(printf '%s\n' $METHODS $SEEDS | sort | uniq -d)" ] || die "METHODS=$METHODS SEEDS=$SEEDS: expected each once"
-[[ -z $WEIGHTS || (-f $WEIGHTS && $WEIGHTS == *R50+ViT-B_16.npz && $SCALE == paper) ]] ||
+published='import numpy, sys; sys.argv[1] == "" or numpy.load(sys.argv[1])["conv_root/kernel"]'
+[[ -z $WEIGHTS || $SCALE == paper ]] && "$python" -c "$published" "$WEIGHTS" 2> /dev/null ||
   die "WEIGHTS=$WEIGHTS SCALE=$SCALE: expected the file R50+ViT-B_16.npz, and SCALE=paper"
 [ -e "${DATA:-.}" ] || die "DATA=$DATA: no such file or folder"
 [[ -z $DATA || $DATA == /* ]] || DATA=$PWD/$DATA

@@ -72,6 +72,7 @@ def test_fair_report_by_hand():
     np.testing.assert_allclose([r.value for r in rows[:-1]], [0.7, 0.7, 0.9, 0.7 / (1 + sd), sd, 0.7, 0.2, -0.02])
     # Resampled within groups the mean of a is 0.6, 0.7 or 0.8, and that of c always 0.9.
     np.testing.assert_allclose([rows[1][3:], rows[2][3:], rows[6][3:]], [(0.6, 0.8), (0.9, 0.9), (0.1, 0.3)])
+    assert rows[-1].value == fair_report(scores[:4], group[:4], n_boot=200)[-1].value   # p is of known groups
     assert essp(0.88, [0.5]) == 0.88 and fairness.fairness([0.5]) == 0
     with pytest.raises(AssertionError, match="percent"):
         essp(85, [80, 90])

@@ -115,13 +115,15 @@ def test_a_killed_run_ends_like_an_unbroken_one(folder, smoke):
     assert (folder / "killed/results.csv").read_bytes() == (smoke[0] / "results.csv").read_bytes()
 
 BAD = [{"SEED": "08"}, {"SEED": "0 1"}, {"SEEDS": "1 1"}, {"METHODS": "nonsense"}, {"GPUS": "x"}, {"DATA": "missing"},
-       {"WEIGHTS": "missing", "SCALE": "paper"}, {"WEIGHTS": "R50+ViT-B_16.npz"}, {"RARE": "-1"}, {"SCALE": "huge"}]
+       {"WEIGHTS": "missing", "SCALE": "paper"}, {"WEIGHTS": "other.npz", "SCALE": "paper"},
+       {"WEIGHTS": "R50+ViT-B_16.npz"}, {"RARE": "-1"}, {"SCALE": "huge"}]
 
 @pytest.mark.parametrize("settings", BAD, ids=str)
 def test_bad_settings_are_refused_before_any_stage(folder, settings):
     """Exit code 2 and one line that names the setting or its value; no folder is made."""
-    (folder / "R50+ViT-B_16.npz").touch()
-    out, err, code = train(folder, "idle", OUT="none", **settings)
+    np.savez(folder / "R50+ViT-B_16.npz", **{"conv_root/kernel": np.zeros(1)})
+    np.savez(folder / "other.npz", kernel=np.zeros(1))
+    out, err, code = train(folder, "bin" if "WEIGHTS" in settings else "idle", OUT="none", **settings)
     assert code == 2 and out == "" and err.count("\n") == 1 and not (folder / "none").exists()
     assert any(word in err for word in next(iter(settings.items())))
 
