@@ -6,7 +6,7 @@
     python controlnet.py evaluate judge.pt data/train.npz data/test.npz generated=synthetic.npz
 
 The base learns to generate images of a group, the ControlNet (Zhang et al. 2023) to follow masks.
-B batch, N images, C channels (Ci at level i), H W image, p patch, h w level, E embedding.
+B batch, N images of H W pixels, p patch, C channels (Ci at level i, h w), E embedding, D features.
 """
 import copy
 import math
@@ -42,7 +42,7 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.modulation = nn.Linear(emb, 2 * c_out)
         self.norm2 = nn.GroupNorm(8, c_out)
-        self.conv2 = zero_conv(c_out, 3)                # a block starts as its residual path
+        self.conv2 = zero_conv(c_out, 3)                # a block starts as its shortcut
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, emb):
@@ -107,12 +107,12 @@ class UNet(nn.Module):
 
 # ---- The ControlNet (Eq. 5) ---------------------------------------------------------------------
 class ControlNet(nn.Module):
-    """y_c = F(x; Phi) + Z(F(x + Z(c; Phi_z1); Phi_c); Phi_z2), Eq. 5; c = E(mask (B, H, W))."""
+    """y_c = F(x; Phi) + Z(F(x + Z(c; Phi_z1); Phi_c); Phi_z2), Eq. 5; F: encoder, c: mask hint."""
     def __init__(self, base, lock=False):
         super().__init__()
         self.encoder = base.encoder.requires_grad_(False)               # Phi
         self.copy = copy.deepcopy(base.encoder).requires_grad_(True)    # Phi_c
-        self.decoder = base.decoder.requires_grad_(not lock)            # the paper freezes it
+        self.decoder = base.decoder.requires_grad_(not lock)            # frozen in the paper
         w, p = base.widths, base.patch
         self.hint = nn.Sequential(nn.PixelUnshuffle(p), nn.Conv2d(3 * p * p, w[0], 3, padding=1),
                                   nn.SiLU(), nn.Conv2d(w[0], w[0], 3, padding=1), nn.SiLU())
@@ -138,11 +138,11 @@ def build(config):
     return net
 
 def mask_weight(mask):
-    """Loss weights (B, 1, H, W), mean 1: the disc counts fivefold, small cups as much as large."""
+    """Loss weights (B, 1, H, W), mean 1: the disc counts fivefold, small cups more than large."""
     disc = F.max_pool2d((mask[:, None] > 0).float(), 9, 1, 4)           # 4 pixels wider
     cup = (mask[:, None] == 2).float()
-    share = 0.05 / cup.mean((1, 2, 3), keepdim=True).clamp(min=0.005)
-    weight = 1 + 4 * disc + 5 * share * F.max_pool2d(cup, 5, 1, 2)
+    boost = 0.05 / cup.mean((1, 2, 3), keepdim=True).clamp(min=0.005)
+    weight = 1 + 4 * disc + 5 * boost * F.max_pool2d(cup, 5, 1, 2)      # cup 2 pixels wider
     return weight / weight.mean()
 
 def train_base(dataset, out="base.pt", attribute="race", width=32, patch: int = None, steps=200,
@@ -192,10 +192,10 @@ def fit(net, config, data, out, device):
     for step in run.steps():
         cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)
         optimizer.param_groups[0]["lr"] = config["lr"] * min((step + 1) / 50, cosine)
-        index = torch.multinomial(odds, config["batch"] // world, replacement=True)
+        index = torch.multinomial(odds, max(1, config["batch"] // world), replacement=True)
         x0 = (image[index] - config["mean"]) / config["std"]            # (B, 1, H, W)
         m = mask[index].long()                                          # (B, H, W)
-        if torch.rand(()) < 0.5:                                        # mirror: left, right eyes
+        if torch.rand(()) < 0.5:                                        # as left and right eyes
             x0 = x0.flip(-1)
             m = m.flip(-1)
         weight = mask_weight(m) if config["kind"] == "control" else 1.0
@@ -273,7 +273,7 @@ def judge_images(judge, images, device):
 
 def table_1(parts, training, n):
     """Lines of Table 1, from features (N, D) of every group by set, and of all training images.
-    Half of the real ones are the reference; sets of as many images a group, n at most."""
+    Half of the real ones are the reference; all sets are cut to one number a group, at most n."""
     shown, reference = zip(*[np.array_split(own, 2) for own in parts["real"]], strict=True)
     parts = parts | {"real": shown, "reference": reference}
     sizes = [min(map(len, own)) for own in zip(*parts.values(), strict=True)]

@@ -1,4 +1,4 @@
-"""Data, Equal Scale (Sections 2.1, 2.4, 3.1), and what all files share: trainings and report.
+"""Data, Equal Scale (Sections 2.4, 3.1), and what all files share: trainings and report.
 
     python fairdiff.py phantom --out data --train 1000 --test 2000 --size 64    drawn patients
     python fairdiff.py fairseg FOLDER --out data --size 224                     Harvard-FairSeg
@@ -588,7 +588,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see `python {self.prog} --help`")
 
 def add_command(commands, function):
-    """A command for a function: its parameters are arguments, those with a default settings.
+    """A command for a function: its parameters are arguments, or options if they have a default.
     An annotation is the type: a list takes several words, a typing.Literal one of its words."""
     text = inspect.getdoc(function)
     p = commands.add_parser(function.__name__.replace("_", "-"), description=text,

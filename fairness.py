@@ -156,7 +156,7 @@ def score_predictions(items, truth):
     """Scores {(method, structure, metric): {seed: (N,)}} of items NAME=FILE or NAME:SEED=FILE."""
     scores = {}
     for item in items:
-        label, _, path = item.rpartition("=")
+        label, _, path = item.partition("=")
         method, _, seed = label.partition(":")
         pred = load_set(path)
         if pred["mask"].shape != truth["mask"].shape or (pred["name"] != truth["name"]).any():
@@ -181,7 +181,7 @@ def save_chart(path, lines, names):
         if (structure, metric) == ("mean", "dice") and group in names:
             hue = 210 + 360 * names.index(group) // len(names)          # one colour a group
             text = html.escape(f"{method}, {group}: {value:.4f} [{lo:.4f}, {hi:.4f}]")
-            style = f"--hue: {hue}; --width: {max(0, 2 * value - 1):.2%}"       # see the report
+            style = f"--hue: {hue}; --width: {max(0, 2 * value - 1):.2%}"   # of PAGE, fairdiff.py
             bars[method, group] = f"<div style='{style}'>{text}</div>"
     title = "<h2>Mean Dice by method and group, with 95 % intervals; bars from 0.5 to 1</h2>"
     with replacing(path) as temporary:
@@ -207,7 +207,7 @@ def table(dataset, predictions: list, out="results.csv", attribute="race"):
             lines += [[attribute, key[0], seed, *key[1:], *row] for row in report]
         scores[key] = values                            # the last: the mean, if there are several
         reports[key] = {row.name: f"{row.value:.4f}" for row in report}
-        reports[key]["interval"] = "{2:.4f} [{3:.4f}, {4:.4f}]".format(*report[0])
+        reports[key]["interval"] = "{0.value:.4f} [{0.lo:.4f}, {0.hi:.4f}]".format(report[0])
     save_csv(out, ["attribute method seed structure metric group n value lo hi".split(), *lines])
     save_chart(f"{out}.html", lines, names)
     methods = list(dict.fromkeys(method for method, _, _ in scores))
@@ -226,7 +226,7 @@ def table(dataset, predictions: list, out="results.csv", attribute="race"):
         report = reports[method, "mean", "dice"]
         gap = f"{report['gap']} ({chance_level(own, group)[1]:.4f})"
         rows = {row.name: row for row in compare(own, first, group, names)}
-        difference = "{2:+.4f} [{3:+.4f}, {4:+.4f}]".format(*rows["worst"])
+        difference = "{0.value:+.4f} [{0.lo:+.4f}, {0.hi:+.4f}]".format(rows["worst"])
         lines.append([method, report["interval"], report["worst"], gap, difference])
     heads = ["trained on", "all patients", "worst", "gap (by chance)", f"worst - {methods[0]}"]
     print_table(f"mean Dice of {len(group)} images, by {attribute}, [95 %]", heads, lines)

@@ -96,7 +96,7 @@ def points_to_mask(points, size, harmonics=256):
     x = (2 * np.arange(w) + 1) / w - 1                                  # of pixels, in [-1, 1]
     y = (2 * np.arange(h) + 1) / h - 1
     mask = np.zeros((h, w), np.uint8)
-    for below, xy in enumerate(split_outlines(points)):                 # disc on 0, cup on 1
+    for below, xy in enumerate(filter(len, split_outlines(points))):    # disc on 0, cup on 1
         centre, radius = outline = fit_outline(xy, harmonics)
         columns = np.abs(x - centre[0]) <= radius.max()                 # its box, to save time
         rows = np.abs(y - centre[1]) <= radius.max()
@@ -119,7 +119,7 @@ def is_valid(points):
     nested = len(parts) == 1 or depth_inside(outlines[0], ring).min() >= 0
     return smooth and nested and max(gaps) <= np.pi / 6                 # 30 degrees
 
-# ---- A PointNet (Qi et al. 2017) denoises, given the shape as a latent z (Luo & Hu 2021) ---------
+# ---- A PointNet (Qi et al. 2017) denoises, a latent z tells the shape (Luo & Hu 2021) ------------
 def timestep_embedding(t, dim):
     """Sinusoids (B, dim) of the diffusion step t (B,)."""
     frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
@@ -145,7 +145,7 @@ class PointBlock(nn.Module):
         return h + self.fc2(F.silu(y))                                  # (B, N, C)
 
 class PointNet(nn.Module):
-    """Denoiser of clouds x (B, N, 3) at steps t (B,); group (B,), -1 unknown; latent z (B, D)."""
+    """Denoiser of clouds x (B, N, 3) at steps t (B,), groups group (B,), with latents z (B, D)."""
     def __init__(self, n_groups, width=96, latent=16):
         super().__init__()
         self.width = width
@@ -169,7 +169,7 @@ class PointNet(nn.Module):
         h = self.input_proj(x)                                          # (B, N, C)
         for block in self.blocks:
             h = block(h, condition)                                     # (B, N, C)
-        return self.output_proj(F.silu(h))                              # (B, N, 3)
+        return self.output_proj(F.silu(h))                              # (B, N, 3): v or eps
 
     def encode(self, x):
         """Variational encoder q(z | x) of clean clouds x (B, N, 3): mean and variance (B, D)."""
@@ -180,15 +180,15 @@ class PointNet(nn.Module):
 
     @torch.no_grad()
     def fit_prior(self, x, group):
-        """Fit p(z | group) of clouds x (M, N, 3), for sampling: Gaussians of one covariance."""
+        """Fit p(z | group) of clouds x (M, N, 3), for sampling: Gaussians with one covariance."""
         latents = [self.encode(part) for part in x.split(256)]
         mean = torch.cat([m for m, _ in latents])                       # (M, D)
-        spread = torch.cat([v for _, v in latents]).mean(0).diag()      # (D, D): variance of q
+        within = torch.cat([v for _, v in latents]).mean(0).diag()      # (D, D): variance of q
         self.prior_mean[:] = mean.mean(0)                               # for a group without clouds
         for g in group.unique():
             self.prior_mean[g] = mean[group == g].mean(0)
         centred = mean - self.prior_mean[group]
-        covariance = centred.T @ centred / len(centred) + spread
+        covariance = centred.T @ centred / len(centred) + within
         self.prior_root[:] = torch.linalg.cholesky(covariance)
 
     def sample_prior(self, group, generator, spread=0.92):
@@ -221,7 +221,7 @@ class DDPM:
         return alpha * x0 + sigma * eps                                 # q(x_t | x_0)
 
     def loss(self, net, x0, *condition, weight=1.0):
-        """Mean squared error at random steps (Algorithm 1); weight: of the elements of x0."""
+        """Mean squared error at random steps (their Algorithm 1); weight: of the elements of x0."""
         t = torch.randint(self.T, (len(x0),), device=x0.device)
         eps = torch.randn_like(x0)
         alpha, sigma = self.scales(t, x0)
@@ -294,8 +294,8 @@ def train(dataset, out="points.pt", attribute="race", group: str = None, width=9
     for step in run.steps():
         rate = min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = lr * rate                     # warm up, then cosine
-        index = torch.randint(len(x), (batch // world,), device=device)
-        part = torch.randperm(512, device=device)[:points]              # some points of a cloud
+        index = torch.randint(len(x), (max(1, batch // world),), device=device)
+        part = torch.randperm(512, device=device)[:points]              # the same of each cloud
         x0 = x[index][:, part]                                          # (B, N, 3)
         with autocast(device):
             mu, var = net.encode(x0)
@@ -307,13 +307,13 @@ def train(dataset, out="points.pt", attribute="race", group: str = None, width=9
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         run.update(loss)
-    run.ema.fit_prior(x, code)                          # sampling draws z from it
-    run.save()
+        if step + 1 == steps:
+            run.ema.fit_prior(x, code)                  # sampling draws z from it
 
 # ---- Sampling -----------------------------------------------------------------------------------
 def sample(checkpoint, out="masks.npz", group: str = None, n: int = None, size: int = None,
            steps=32, keep_invalid=False, seed=0, device="auto"):
-    """Sample n masks, with black images, of one group or of all; default: enough for Equal Scale.
+    """Sample n masks a group, with black images, of one or of all; default: as Equal Scale needs.
     size: pixels a side, by default as trained; keep_invalid: for models that are hardly trained."""
     device, _ = setup(device)
     state = load_checkpoint(checkpoint, ("points",))
@@ -341,7 +341,7 @@ def sample(checkpoint, out="masks.npz", group: str = None, n: int = None, size: 
             if len(clouds) < 0.2 * drawn:
                 raise InputError(f"{len(clouds)} of {drawn} clouds valid; train for more steps")
         masks += [points_to_mask(cloud, size or config["size"], SMOOTH) for cloud in clouds[:n]]
-        print(f"{name}: {n} masks, {len(clouds) / drawn:.1%} of {drawn} clouds valid")
+        print(f"{name}: {n} masks, {len(clouds) / drawn:.1%} of {drawn} clouds kept")
     mask = np.stack(masks)
     groups = np.repeat(names, n)
     unique = [f"synthetic-{seed}-{name}-{i:05d}" for i, name in enumerate(groups)]

@@ -2,7 +2,7 @@
 # FairDiff end to end: generate masks for every group, generate an image for every mask, top up the small groups,
 # train TransUNet with and without them, and measure how evenly each one segments the groups.
 #   bash train.sh                                      phantom data; uses a GPU if there is one
-#   SCALE=smoke bash train.sh                          every stage in a minute, the numbers mean nothing
+#   SCALE=smoke bash train.sh                          all stages in a minute, the numbers mean nothing
 #   ATTRIBUTE=gender OUT=out-gender bash train.sh      another group column; RARE=92: patients of the rarest race
 #   METHODS="plain equal" SEEDS="0 1 2" bash train.sh  rows of the table (or all), trainings of each
 #   DATA=path/to/fairseg bash train.sh                 Harvard-FairSeg (CROP, SPLIT, SKIP_BAD=1) or your own sets
@@ -94,7 +94,7 @@ train_points() {
   stage masks-$1 pointdiff.py sample points-$1.pt --steps $masks $seed ${keep:+--keep-invalid} --out masks-$1.npz
   stage score-masks-$1 pointdiff.py evaluate masks-$1.npz $real $test_set "${groups[@]}" --out masks-$1.csv
 }
-train_base() {
+train_images() {
   stage base controlnet.py train-base $real "${groups[@]}" --steps $base $fit $seed --out base.pt
   stage base-alone controlnet.py sample base.pt $real --n 100 $sampler --out base-alone.npz
   each train_control
@@ -104,7 +104,7 @@ generate() {
   stage synthetic-$1 controlnet.py sample control-$1.pt masks-$1.npz $sampler --out synthetic-$1.npz
   stage real-masks-$1 controlnet.py sample control-$1.pt $real --equal $sampler --out real-masks-$1.npz
 }
-# 4. TransUNet (Section 3): every row of the tables takes the same number of steps
+# 4. TransUNet (Section 3): every row of the tables but twice takes the same number of steps
 row() {
   local set=$real flags="--method $1" steps=$seg
   case $1 in
@@ -116,7 +116,7 @@ row() {
   stage predict-$1-$2 transunet.py predict $1-$2.pt $test_set --out pred/$1-$2.npz
 }
 trainings() { for row in $METHODS; do for n in $SEEDS; do [[ " $1 " != *" $row "* ]] || beside row $row $n; done; done; }
-beside train_base; images_pid=$!
+beside train_images; images_pid=$!
 beside each train_points; points_pid=$!
 beside row judge 1000                                   # a TransUNet that only scores images, for Table 1
 trainings "plain twice"

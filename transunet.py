@@ -3,8 +3,8 @@
     python transunet.py train data/train.npz --method plain --out plain.pt
     python transunet.py predict plain.pt data/test.npz --out plain.npz
 
-TransUNet.base() is the published R50-ViT-B/16 with 105.28 M parameters, the default has 1.0 M.
-B batch, C channels, H W image, L tokens, D their width, K classes, G groups; group -1: unknown.
+TransUNet.base() is the published R50-ViT-B/16 with 105.28 M parameters, the default has 0.95 M.
+B batch, N images, C channels, H W image, L tokens of width D, K classes, G groups; -1: unknown.
 """
 import math
 import re
@@ -252,7 +252,7 @@ def adversary_loss(logits, group, weight):
 
 # ---- Training -----------------------------------------------------------------------------------
 METHODS = ("plain", "oversample", "balanced", "groupdro", "adv", "fairseg")
-STRENGTH = {"groupdro": 0.01, "adv": 0.1, "fairseg": 0.3}       # best of three, phantom seeds 10-12
+STRENGTH = {"groupdro": 0.01, "adv": 0.1, "fairseg": 0.3}       # the best of three, seeds 10 to 12
 
 def draw_weights(code, method, synthetic=0):
     """Odds (N,) of drawing an image: equal for all, or for all groups; "balanced" (ours): equal for
@@ -318,7 +318,7 @@ def train(dataset, out="seg.pt", method: Literal[METHODS] = "plain", strength: f
     updater = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.01, fused=device.type != "mps")
     if optimizer == "sgd":
         updater = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=1e-4)
-    run = Run(out, config, net, updater, 0.995)
+    run = Run(out, config, net, updater, decay=0.995)
     if world > 1 and device.type == "cuda":             # converts net in place
         nn.SyncBatchNorm.convert_sync_batchnorm(net)
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
