@@ -41,8 +41,8 @@ METHODS=${METHODS:-all} METHODS=${METHODS/all/$all} RARE=${RARE:-$rare}
 for n in "$SEED" "$GPUS" $SEEDS "${RARE:-0}"; do [[ $n =~ ^(0|[1-9][0-9]*)$ ]] || die "$n: expected a number like 7"; done
 for row in $METHODS; do [[ " $all twice " == *" $row "* ]] || die "METHODS=$METHODS: expected some of: all $all twice"; done
 [ -z "$(printf '%s\n' $METHODS $SEEDS | sort | uniq -d)" ] || die "METHODS=$METHODS SEEDS=$SEEDS: expected each once"
-published='import numpy, sys; sys.argv[1] == "" or numpy.load(sys.argv[1])["conv_root/kernel"]'
-[[ -z $WEIGHTS || $SCALE == paper ]] && "$python" -c "$published" "$WEIGHTS" 2> /dev/null ||
+published='import numpy, sys; numpy.load(sys.argv[1])["conv_root/kernel"]'
+[ -z "$WEIGHTS" ] || { [ $SCALE = paper ] && "$python" -c "$published" "$WEIGHTS" 2> /dev/null; } ||
   die "WEIGHTS=$WEIGHTS SCALE=$SCALE: expected the file R50+ViT-B_16.npz, and SCALE=paper"
 [ -e "${DATA:-.}" ] || die "DATA=$DATA: no such file or folder"
 [[ -z $DATA || $DATA == /* ]] || DATA=$PWD/$DATA
@@ -113,7 +113,7 @@ row() {
     judge) flags="--method oversample --width 24" ;;
   esac
   stage $1-$2 transunet.py train $set $flags $network "${groups[@]}" --steps $steps $fit --seed $2 ${WEIGHTS:+--weights "$WEIGHTS"} --out $1-$2.pt
-  stage predict-$1-$2 transunet.py predict $1-$2.pt $test_set --out pred/$1-$2.npz
+  [ $1 = judge ] || stage predict-$1-$2 transunet.py predict $1-$2.pt $test_set --out pred/$1-$2.npz
 }
 trainings() { for row in $METHODS; do for n in $SEEDS; do [[ " $1 " != *" $row "* ]] || beside row $row $n; done; done; }
 beside train_images; images_pid=$!
@@ -126,7 +126,7 @@ trainings "oversample groupdro adv fairseg oracle"
 join $generate_pid
 # 5. Equal Scale (Section 2.4, Eq. 6), and the same over the masks of training images: without the point model
 stage mix fairdiff.py mix $real synthetic-*.npz "${groups[@]}" $seed --out mixed.npz
-stage mix-no-points fairdiff.py mix $real real-masks-*.npz "${groups[@]}" $seed --out no-points.npz
+[[ $METHODS != *no-points* ]] || stage mix-no-points fairdiff.py mix $real real-masks-*.npz "${groups[@]}" $seed --out no-points.npz
 trainings "equal balanced no-points"
 # 6. Evaluation: images (Table 1), segmentation (Tables 2-5), one page with everything
 beside stage score-images controlnet.py evaluate judge-1000.pt $real $test_set base-alone.npz real-masks-*.npz synthetic-*.npz "${groups[@]}" --out table1.csv

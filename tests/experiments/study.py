@@ -78,7 +78,6 @@ def measure(out, seed):
     truth = fairdiff.load_set(out / "data/test.npz")
     group, names = fairdiff.group_codes(truth, "race")
     files = {path.stem.removesuffix(f"-{seed}"): path for path in sorted((out / "pred").glob("*.npz"))}
-    del files["judge-1000"]
     for row, path in files.items():
         pred = fairdiff.load_set(path)["mask"]
         scores = np.mean([fairness.dice(pred, truth["mask"], label) for label in (1, 2)], 0)
