@@ -2,6 +2,7 @@
 import csv
 import os
 import pathlib
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -103,6 +104,8 @@ def test_sample_writes_a_set_of_masks(here, refused):
     for lr in (0.001, 0.1):
         assert run(pointdiff, *argv, "--lr", lr, "--out", f"{lr}.pt") == 0
     refused(pointdiff, "sample", "0.001.pt", "--n", 5, words="valid")
+    with mock.patch.object(pointdiff.PointNet, "fit_prior", side_effect=KeyboardInterrupt):
+        assert run(pointdiff, *argv, "--out", "cut.pt") == 130 and not os.path.exists("cut.pt")     # no prior: not finished
     refused(pointdiff, "sample", "0.001.pt", "--n", 5, "--group", "Nobody", words="Nobody Asian Black White")
     assert not os.path.exists("masks.npz")
     sets, black = [], ["--group", "Black", "--size", 48, "--n", 200]
