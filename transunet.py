@@ -259,7 +259,7 @@ def draw_weights(code, method, synthetic=0):
     real and synthetic (bool (N,)) images of a group, too. Unknown groups: the average odds."""
     weight = np.ones(len(code))
     if method in ("oversample", "balanced", "groupdro"):
-        part = 2 * code + synthetic * (method == "balanced")
+        part = np.zeros(len(code)) + synthetic * (method == "balanced")
         groups = np.unique(code[code >= 0])
         for g in groups:
             _, kind, counts = np.unique(part[code == g], return_inverse=True, return_counts=True)
