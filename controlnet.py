@@ -6,7 +6,7 @@
     python controlnet.py evaluate judge.pt data/train.npz data/test.npz generated=synthetic.npz
 
 The base learns to generate images of a group, the ControlNet (Zhang et al. 2023) to follow masks.
-B batch, N images of H W pixels, p patch, C channels (Ci at level i, h w), E embedding, D features.
+B batch, N images, H W pixels, p patch, level i: Ci channels, h w pixels; E embedding, D features.
 """
 import copy
 import math
@@ -195,7 +195,7 @@ def fit(net, config, data, out, device):
         index = torch.multinomial(odds, max(1, config["batch"] // world), replacement=True)
         x0 = (image[index] - config["mean"]) / config["std"]            # (B, 1, H, W)
         m = mask[index].long()                                          # (B, H, W)
-        if torch.rand(()) < 0.5:                                        # as left and right eyes
+        if torch.rand(()) < 0.5:                                        # mirror the batch
             x0 = x0.flip(-1)
             m = m.flip(-1)
         weight = mask_weight(m) if config["kind"] == "control" else 1.0

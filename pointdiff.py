@@ -119,7 +119,7 @@ def is_valid(points):
     nested = len(parts) == 1 or depth_inside(outlines[0], ring).min() >= 0
     return smooth and nested and max(gaps) <= np.pi / 6                 # 30 degrees
 
-# ---- A PointNet (Qi et al. 2017) denoises, a latent z tells the shape (Luo & Hu 2021) ------------
+# ---- A PointNet (Qi et al. 2017) denoises; a latent z tells the shape (Luo & Hu 2021) ------------
 def timestep_embedding(t, dim):
     """Sinusoids (B, dim) of the diffusion step t (B,)."""
     frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
@@ -145,7 +145,7 @@ class PointBlock(nn.Module):
         return h + self.fc2(F.silu(y))                                  # (B, N, C)
 
 class PointNet(nn.Module):
-    """Denoiser of clouds x (B, N, 3) at steps t (B,), groups group (B,), with latents z (B, D)."""
+    """Denoiser of clouds x (B, N, 3), given step t (B,), group (B,) and latent z (B, D)."""
     def __init__(self, n_groups, width=96, latent=16):
         super().__init__()
         self.width = width
@@ -180,7 +180,7 @@ class PointNet(nn.Module):
 
     @torch.no_grad()
     def fit_prior(self, x, group):
-        """Fit p(z | group) of clouds x (M, N, 3), for sampling: Gaussians with one covariance."""
+        """Fit p(z | group) of clouds x (M, N, 3), for sampling: Gaussians of equal covariance."""
         latents = [self.encode(part) for part in x.split(256)]
         mean = torch.cat([m for m, _ in latents])                       # (M, D)
         within = torch.cat([v for _, v in latents]).mean(0).diag()      # (D, D): variance of q

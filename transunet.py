@@ -252,7 +252,7 @@ def adversary_loss(logits, group, weight):
 
 # ---- Training -----------------------------------------------------------------------------------
 METHODS = ("plain", "oversample", "balanced", "groupdro", "adv", "fairseg")
-STRENGTH = {"groupdro": 0.01, "adv": 0.1, "fairseg": 0.3}       # the best of three, seeds 10 to 12
+STRENGTH = {"groupdro": 0.01, "adv": 0.1, "fairseg": 0.3}       # best of 3, phantom seeds 10-12
 
 def draw_weights(code, method, synthetic=0):
     """Odds (N,) of drawing an image: equal for all, or for all groups; "balanced" (ours): equal for
@@ -307,7 +307,7 @@ def train(dataset, out="seg.pt", method: Literal[METHODS] = "plain", strength: f
     code, names = group_codes(data, attribute)
     if not data["mask"].any():
         raise InputError(f"{dataset}: all masks are empty; expected labels 1 and 2 in some")
-    if batch < world or batch // world == 1 and data["mask"][0].size == 256:    # for BatchNorm
+    if batch < world or batch // world == 1 and data["mask"][0].size == 256:    # BatchNorm fails
         raise InputError(f"--batch {batch} on {world} devices; expected more, or larger images")
     lr = lr or {"adamw": 4e-3, "sgd": 0.01}[optimizer]
     config |= {"groups": names, "data": fingerprint(data["image"], data["mask"], code)}

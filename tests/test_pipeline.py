@@ -115,7 +115,7 @@ def test_a_killed_run_ends_like_an_unbroken_one(folder, smoke):
     assert (folder / "killed/results.csv").read_bytes() == (smoke[0] / "results.csv").read_bytes()
 
 BAD = [{"SEED": "08"}, {"SEED": "0 1"}, {"SEEDS": "1 1"}, {"METHODS": "nonsense"}, {"GPUS": "x"}, {"DATA": "missing"},
-       {"WEIGHTS": "missing", "SCALE": "paper"}, {"WEIGHTS": "other.npz", "SCALE": "paper"},
+       {"WEIGHTS": "missing", "SCALE": "paper"}, {"WEIGHTS": "other.npz", "SCALE": "paper", "DATA": "none"},
        {"WEIGHTS": "R50+ViT-B_16.npz"}, {"RARE": "-1"}, {"SCALE": "huge"}]
 
 @pytest.mark.parametrize("settings", BAD, ids=str)

@@ -48,6 +48,7 @@ def test_points_name_their_outline():
     mask[12:16, 14:18] = 2
     z = mask_to_points(mask)[:, 2]
     assert (z == 1).sum() == (z == -1).sum() == 256
+    assert points_to_mask(mask_to_points(mask)[:256], 32).max() == 1    # one outline is a disc, whatever its z
 
 def test_validity():
     """Real clouds with a little noise are valid; a gap of 40 degrees, a cup outside or much noise are not."""

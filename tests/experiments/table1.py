@@ -6,7 +6,7 @@ Trains compact versions of the three on the training set of a finished run of tr
 mask of that run, prints Table 1, and trains TransUNet on Equal Scale made with each method, three seeds. One core; it
 may be restarted. Writes OUT/*.npz, OUT/grid.png and table1.csv beside this file. Each has the setting in TRIALS whose
 images over training masks came nearest to training images after a third of the time, on seed 10; Frechet distances:
-pix2pixHD 0.047, 0.055, 0.125; SPADE 0.039, 0.034, 0.115; OASIS 0.102, 0.059, 0.177. B batch, K channels of c, C, H W.
+pix2pixHD 0.047, 0.055, 0.125; SPADE 0.039, 0.034, 0.115; OASIS 0.102, 0.059, 0.177. B batch, K conditions, H W image.
 """
 import pathlib
 import sys
