@@ -199,8 +199,9 @@ def fit(net, config, data, out, device):
             x0 = x0.flip(-1)
             m = m.flip(-1)
         weight = mask_weight(m) if config["kind"] == "control" else 1.0
+        t = torch.randint(ddpm.T, (len(x0),), device=device)            # (B,)
         with autocast(device):
-            loss = ddpm.loss(model, x0, group[index], m, weight=weight)
+            loss = ddpm.loss(model, x0, t, group[index], m, weight=weight)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -301,7 +302,7 @@ def evaluate(judge, train, test, sets: list, out="table1.csv", attribute="race",
     classes = structures(train["mask"]).values()
     results = {}                                        # by set: codes, Dice, features of each file
     for item in [f"real={test}", *sets]:
-        label, _, path = item.rpartition("=")
+        label, _, path = item.partition("=") if "=" in item else ("", "", item)
         stem = pathlib.Path(path).stem
         label = label or stem.rpartition("-")[0] or stem
         data = load_set(path)

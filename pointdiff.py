@@ -220,9 +220,8 @@ class DDPM:
         alpha, sigma = self.scales(t, x0)
         return alpha * x0 + sigma * eps                                 # q(x_t | x_0)
 
-    def loss(self, net, x0, *condition, weight=1.0):
-        """Mean squared error at random steps (their Algorithm 1); weight: of the elements of x0."""
-        t = torch.randint(self.T, (len(x0),), device=x0.device)
+    def loss(self, net, x0, t, *condition, weight=1.0):
+        """Mean squared error at steps t (B,) (their Algorithm 1); weight: of the elements of x0."""
         eps = torch.randn_like(x0)
         alpha, sigma = self.scales(t, x0)
         target = eps if self.predict == "eps" else alpha * eps - sigma * x0
@@ -265,7 +264,7 @@ def build(config, device="cpu"):
     return net, DDPM(predict=config["predict"], schedule=config["schedule"])
 
 def train(dataset, out="points.pt", attribute="race", group: str = None, width=96, latent=16,
-          points=256, predict: Literal["v", "eps"] = "v",
+          points=192, predict: Literal["v", "eps"] = "v",
           schedule: Literal["cosine", "linear"] = "cosine", steps=2800, batch=16, lr=2e-3, seed=0,
           device="auto"):
     """Train on the clouds of all groups or, as the paper does, of one group alone.
@@ -297,11 +296,13 @@ def train(dataset, out="points.pt", attribute="race", group: str = None, width=9
         index = torch.randint(len(x), (max(1, batch // world),), device=device)
         part = torch.randperm(512, device=device)[:points]              # the same of each cloud
         x0 = x[index][:, part]                                          # (B, N, 3)
+        place = torch.rand(1, device=device) + torch.arange(len(x0), device=device) / len(x0)
+        t = (place % 1 * ddpm.T).long()     # (B,), spread evenly (Kingma et al. 2021): less noisy
         with autocast(device):
             mu, var = net.encode(x0)
             z = mu + var.sqrt() * torch.randn_like(mu)
             kl = 0.5 * (mu ** 2 + var - var.log() - 1).sum(1).mean()    # KL(q(z|x) || N(0, I))
-            loss = ddpm.loss(model, x0, code[index], z)
+            loss = ddpm.loss(model, x0, t, code[index], z)
         optimizer.zero_grad()
         (loss + 1e-5 * kl).backward()                                   # small, or z tells nothing
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -312,9 +313,10 @@ def train(dataset, out="points.pt", attribute="race", group: str = None, width=9
 
 # ---- Sampling -----------------------------------------------------------------------------------
 def sample(checkpoint, out="masks.npz", group: str = None, n: int = None, size: int = None,
-           steps=32, keep_invalid=False, seed=0, device="auto"):
+           points=256, steps=32, keep_invalid=False, seed=0, device="auto"):
     """Sample n masks a group, with black images, of one or of all; default: as Equal Scale needs.
-    size: pixels a side, by default as trained; keep_invalid: for models that are hardly trained."""
+    size: pixels a side, by default as trained; points: of a cloud, more than in training leave
+    fewer gaps; keep_invalid: for models that are hardly trained."""
     device, _ = setup(device)
     state = load_checkpoint(checkpoint, ("points",))
     config = state["config"]
@@ -333,8 +335,9 @@ def sample(checkpoint, out="masks.npz", group: str = None, n: int = None, size: 
         while len(clouds) < n:
             code = torch.full((min(100, n - len(clouds) + 4),), g, device=device)   # 4 to spare
             z = net.sample_prior(code, generator)
-            x = ddpm.sample(net, (len(code), config["points"], 3), code, z, steps=steps, eta=1.0,
-                            generator=generator, clip=(-4, 4))
+            with autocast(device):
+                x = ddpm.sample(net, (len(code), points, 3), code, z, steps=steps, eta=1.0,
+                                generator=generator, clip=(-4, 4))
             x = x.cpu().numpy() * np.float32(config["std"]) + np.float32(config["mean"])
             clouds += [cloud for cloud in x if keep_invalid or is_valid(cloud)]
             drawn += len(code)

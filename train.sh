@@ -33,7 +33,7 @@ case $SCALE in
   smoke) size=32 train=96 test=60 rare="" batch=8 points=60 base=10 control=10 seg=10 masks=8 images=4 lanes=$cores keep=1 ;;
   cpu) size=64 train=1000 test=2000 rare=30 batch=8 points=2800 base=200 control=2600 seg=1120 masks=32 images=8 lanes=$cores ;;
   gpu) size=128 train=8000 test=2000 rare="" batch=48 points=10000 base=3000 control=6000 seg=3000 masks=32 images=20 lanes="" ;;
-  paper) size=224 train=8000 test=2000 rare="" batch=48 points="2000000 --batch 48 --lr 1e-4 --points 512" base=50000 control=100000 seg=50000 masks=32 images=20 lanes="" network="--base --optimizer sgd" ;;
+  paper) size=224 train=8000 test=2000 rare="" batch=48 points="2000000 --batch 48 --lr 1e-4 --points 512" base=50000 control=100000 seg=50000 masks="32 --points 512" images=20 lanes="" network="--base --optimizer sgd" ;;
   *) die "SCALE=$SCALE: expected smoke, cpu, gpu or paper" ;;
 esac
 [ -z "$lanes" ] || METHODS=${METHODS:-plain oversample equal oracle}
@@ -96,14 +96,11 @@ train_points() {
 }
 train_images() {
   stage base controlnet.py train-base $real "${groups[@]}" --steps $base $fit $seed --out base.pt
-  stage base-alone controlnet.py sample base.pt $real --n 100 $sampler --out base-alone.npz
   each train_control
 }
 train_control() { stage control-$1 controlnet.py train-control $real base.pt "${@:2}" --steps $control $fit $seed --out control-$1.pt; }
-generate() {
-  stage synthetic-$1 controlnet.py sample control-$1.pt masks-$1.npz $sampler --out synthetic-$1.npz
-  stage real-masks-$1 controlnet.py sample control-$1.pt $real --equal $sampler --out real-masks-$1.npz
-}
+paint() { stage synthetic-$1 controlnet.py sample control-$1.pt masks-$1.npz $sampler --out synthetic-$1.npz; }
+paint_real() { stage real-masks-$1 controlnet.py sample control-$1.pt $real --equal $sampler --out real-masks-$1.npz; }
 # 4. TransUNet (Section 3): every row of the tables but twice takes the same number of steps
 row() {
   local set=$real flags="--method $1" steps=$seg
@@ -115,19 +112,24 @@ row() {
   stage $1-$2 transunet.py train $set $flags $network "${groups[@]}" --steps $steps $fit --seed $2 ${WEIGHTS:+--weights "$WEIGHTS"} --out $1-$2.pt
   [ $1 = judge ] || stage predict-$1-$2 transunet.py predict $1-$2.pt $test_set --out pred/$1-$2.npz
 }
-trainings() { for row in $METHODS; do for n in $SEEDS; do [[ " $1 " != *" $row "* ]] || beside row $row $n; done; done; }
-beside train_images; images_pid=$!
-beside each train_points; points_pid=$!
+rows() { for row in $METHODS; do for n in $SEEDS; do [[ " $1 " != *" $row "* ]] || beside row $row $n; done; done; }
+beside train_images
+beside each train_points
 beside row judge 1000                                   # a TransUNet that only scores images, for Table 1
-trainings "plain twice"
-join $images_pid $points_pid
-beside each generate; generate_pid=$!
-trainings "oversample groupdro adv fairseg oracle"
-join $generate_pid
+generators=$pids
+rows "plain twice oversample"
+join $generators
+beside each paint; paint_pid=$!
+rows "groupdro adv fairseg oracle"
+beside each paint_real; paint_real_pid=$!
+join $paint_pid
 # 5. Equal Scale (Section 2.4, Eq. 6), and the same over the masks of training images: without the point model
 stage mix fairdiff.py mix $real synthetic-*.npz "${groups[@]}" $seed --out mixed.npz
+rows "equal balanced"
+beside stage base-alone controlnet.py sample base.pt $real --n 100 $sampler --out base-alone.npz
+join $paint_real_pid $!
 [[ $METHODS != *no-points* ]] || stage mix-no-points fairdiff.py mix $real real-masks-*.npz "${groups[@]}" $seed --out no-points.npz
-trainings "equal balanced no-points"
+rows no-points
 # 6. Evaluation: images (Table 1), segmentation (Tables 2-5), one page with everything
 beside stage score-images controlnet.py evaluate judge-1000.pt $real $test_set base-alone.npz real-masks-*.npz synthetic-*.npz "${groups[@]}" --out table1.csv
 join $pids

@@ -109,7 +109,8 @@ class Block(nn.Module):
         y = self.norm1(x)
         layers = (self.q, self.k, self.v)
         q, k, v = (f(y).view(b, n, self.heads, -1).transpose(1, 2) for f in layers)
-        y = F.scaled_dot_product_attention(q, k, v)                     # (B, heads, L, D/heads)
+        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])         # (B, heads, L, L)
+        y = scores.softmax(-1) @ v                                      # (B, heads, L, D/heads)
         x = x + self.out(y.transpose(1, 2).reshape(b, n, d))            # (B, L, D)
         y = self.drop(F.gelu(self.fc1(self.norm2(x))))                  # (B, L, mlp)
         return x + self.drop(self.fc2(y))                               # (B, L, D)
@@ -156,6 +157,8 @@ class TransUNet(nn.Module):
         skips = (8 * width, 4 * width, width, 0)
         self.ups = nn.ModuleList(map(Up, (bridge, *decoder), skips, decoder))
         self.head = nn.Conv2d(decoder[-1], n_classes, 3, padding=1)
+        for layer in (self.ups[-2].conv2, self.ups[-1], self.head):     # faster with few channels
+            layer.to(memory_format=torch.channels_last)
 
     @classmethod
     def base(cls, n_classes=3):

@@ -150,18 +150,18 @@ def test_table_holds_what_fair_report_says(here, phantom, capsys, metric, struct
     fairdiff.save_set("set.npz", truth)
     group, names = fairdiff.group_codes(truth, "race")
     scores = {}
-    for name, dx in (("good", 1), ("bad", 4)):
+    for name, dx in (("good", 1), ("b=d", 4)):
         mask = np.roll(truth["mask"], dx, 2)
         fairdiff.save_set(f"{name}.npz", truth | {"mask": mask})
         scores[name] = np.mean([metric(mask, truth["mask"], label) for label in labels], 0)
-    argv = ["set.npz", "one=good.npz", "two:1=good.npz", "two:2=bad.npz", "--out", "deep/results.csv"]
+    argv = ["set.npz", "one=good.npz", "two:1=good.npz", "two:2=b=d.npz", "--out", "deep/results.csv"]
     assert run(fairness, "table", *argv) == 0
     printed = capsys.readouterr().out
     lines = list(csv.reader(pathlib.Path("deep/results.csv").read_text().splitlines()))
     assert lines[0] == "attribute method seed structure metric group n value lo hi".split()
     found = {tuple(line[1:6]): list(map(float, line[6:])) for line in lines[1:]}
-    trainings = {"one 0": scores["good"], "two 1": scores["good"], "two 2": scores["bad"]}
-    for key, own in (trainings | {"two mean": (scores["good"] + scores["bad"]) / 2}).items():
+    trainings = {"one 0": scores["good"], "two 1": scores["good"], "two 2": scores["b=d"]}
+    for key, own in (trainings | {"two mean": (scores["good"] + scores["b=d"]) / 2}).items():
         want = fair_report(own, group, names)
         for row in want:
             np.testing.assert_allclose(found[(*key.split(), structure, metric.__name__, row.name)], row[1:])

@@ -63,17 +63,19 @@ def bench(base=False):
     row(f"masks to points, {size} px", batch, lambda: [pointdiff.mask_to_points(mask) for mask in masks])
     row(f"points to masks, {size} px", batch, lambda: [pointdiff.points_to_mask(c, size, 16) for c in clouds])
     ddpm, group = pointdiff.DDPM(), torch.zeros(16, dtype=torch.long, device=device)
-    x = torch.randn(16, 256, 3, device=device)
+    x, t = torch.randn(16, 256, 3, device=device), 60 * torch.arange(16, device=device)
     training("PointNet, step of 16 x 256 points", 16, pointdiff.PointNet(3),
-             lambda net: ddpm.loss(net, x, group, net.encode(x)[0]))
+             lambda net: ddpm.loss(net, x, t, group, net.encode(x)[0]))
     net = pointdiff.PointNet(3).to(device)
     row("PointNet, sampling 16 clouds, 32 steps", 16, lambda: ddpm.sample(
         net, (16, 256, 3), group, steps=32, eta=1.0, generator=torch.Generator(device)))
     image, group = torch.randn(batch, 1, size, size, device=device), group.repeat(3)[:batch]
+    t = t.repeat(3)[:batch]
     mask = torch.as_tensor(masks, device=device).long()
-    training(f"UNet, step of {batch}, {size} px", batch, controlnet.UNet(3), lambda net: ddpm.loss(net, image, group))
+    training(f"UNet, step of {batch}, {size} px", batch, controlnet.UNet(3),
+             lambda net: ddpm.loss(net, image, t, group))
     training(f"ControlNet, step of {batch}, {size} px", batch, controlnet.ControlNet(controlnet.UNet(3)),
-             lambda net: ddpm.loss(net, image, group, mask))
+             lambda net: ddpm.loss(net, image, t, group, mask))
     net = controlnet.ControlNet(controlnet.UNet(3)).to(device)
     config = {"kind": "control", "mean": 100.0, "std": 40.0}
     row(f"ControlNet, sampling {batch}, 8 steps", batch, lambda: controlnet.sample_images(

@@ -45,7 +45,7 @@ def pictures_of_group(out, g):
     net, ddpm = pointdiff.build(config)
     net.load_state_dict(state["ema"])
     inputs, z = record(net), net.sample_prior(group, generator)
-    x = ddpm.sample(net, (1, config["points"], 3), group, z, steps=32, eta=1.0, generator=generator)
+    x = ddpm.sample(net, (1, 256, 3), group, z, steps=32, eta=1.0, generator=generator)
     clouds = [cloud * config["std"] + config["mean"] for cloud in (*inputs, x[0].numpy())]
     mask = pointdiff.points_to_mask(clouds[-1], config["size"], pointdiff.SMOOTH)
     net, config = controlnet.load_generator(out / "control-all.pt", "cpu")
