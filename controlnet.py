@@ -176,7 +176,7 @@ def train_control(dataset, base, out="control.pt", group: str = None, lock=False
     fit(ControlNet(net, lock), config, data, out, device)
 
 def fit(net, config, data, out, device):
-    """Train a network on a dataset, groups equally often, and write a picture of its samples."""
+    """Train a network on a dataset, groups equally often."""
     device, world = setup(device)
     code, _ = group_codes(data, config["attribute"], config["groups"])
     config["data"] = fingerprint(data["image"], data["mask"], code)
@@ -207,11 +207,6 @@ def fit(net, config, data, out, device):
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         run.update(loss)
-    show = torch.multinomial(odds, 24, replacement=True).numpy()
-    data = subset(data, show)
-    data["image"] = sample_images(run.ema, config, code[show], data["mask"], device)
-    data["mask"] *= config["kind"] == "control"         # no outlines: a base sees no masks
-    save_group_grid(f"{out}.png", data, config["attribute"])
 
 # ---- Sampling -----------------------------------------------------------------------------------
 def load_generator(path, device, kinds=("base", "control")):

@@ -502,8 +502,7 @@ class Run:
         if self.step % 50 == 49 or self.step + 1 == self.config["steps"]:
             self.losses.append([self.step + 1, loss.item()])
             if not all(value.isfinite().all() for value in (loss, *weights.values())):
-                raise FloatingPointError(f"loss {loss.item()} at step {self.step + 1}; try a "
-                                         f"lower --lr; {self.path} is from before, if any")
+                raise FloatingPointError(f"loss {loss.item()}, step {self.step}; try a lower --lr")
 
     def save(self):
         """Write the checkpoint, whole or not at all."""
@@ -651,8 +650,7 @@ def phantom(out="data", train=1000, test=2000, size=64, seed=0, shift=1.0, balan
 def mix(real, synthetic: list, out="mixed.npz", attribute="race", target: number_or("max") = None,
         n_real: int = None, seed=0):
     """Write the Equal Scale set (Eq. 6) of a real set and synthetic ones, and print the counts.
-    target: images per group, by default real images / groups, or max: the largest group; n_real:
-    first draw so many real images."""
+    target: images a group, or max: of the largest; n_real: draw so many real images first."""
     real, synthetic = load_set(real), concatenate(*map(load_set, synthetic))
     mixed = equal_scale(real, synthetic, attribute, target, seed, n_real)
     save_set(out, mixed)

@@ -315,8 +315,7 @@ def train(dataset, out="points.pt", attribute="race", group: str = None, width=9
 def sample(checkpoint, out="masks.npz", group: str = None, n: int = None, size: int = None,
            points=256, steps=32, keep_invalid=False, seed=0, device="auto"):
     """Sample n masks a group, with black images, of one or of all; default: as Equal Scale needs.
-    size: pixels a side, by default as trained; points: of a cloud, more than in training leave
-    fewer gaps; keep_invalid: for models that are hardly trained."""
+    size: pixels a side; points: of a cloud; keep_invalid: for models that are hardly trained."""
     device, _ = setup(device)
     state = load_checkpoint(checkpoint, ("points",))
     config = state["config"]

@@ -282,9 +282,8 @@ def build(config):
 
 def method_loss(net, method, strength, progress, rarity, logits, token, mask, group):
     """Loss of a method on a batch; progress 0 to 1, rarity (G,), token (B, D); updates net.q."""
-    n_groups = len(net.q)
     if method == "fairseg":
-        return fairseg_loss(logits, mask, group, n_groups, strength)
+        return fairseg_loss(logits, mask, group, len(net.q), strength)
     if method == "groupdro":
         losses = [seg_loss(*pair) for pair in zip(logits.split(1), mask.split(1), strict=True)]
         loss, net.q = groupdro_loss(torch.stack(losses), group, net.q, strength)

@@ -80,7 +80,7 @@ def test_the_report_shows_the_numbers(smoke, tmp_path):
         shown += results(smoke[0], metric="dice", structure="mean", group=name)
     assert len(shown) == 4 * 6 and [row for row in shown if f"{float(row['value']):.4f}" not in page] == []
     pictures = re.findall("<img [^>]*src=.([^'\"]+)", page)
-    for name in ("data/train.npz", "base.pt", "masks-all.npz", "synthetic-all.npz", "mixed.npz", "table1.csv"):
+    for name in ("data/train.npz", "base-alone.npz", "masks-all.npz", "synthetic-all.npz", "mixed.npz", "table1.csv"):
         assert f"{name}.png" in pictures and (smoke[0] / f"{name}.png").is_file(), name
     assert "no medical evidence" in page
 
@@ -222,6 +222,14 @@ def test_killed_and_continued_equals_unbroken(here, phantom, monkeypatch, capsys
     assert all(np.array_equal(a[part][key], b[part][key]) for part in ("model", "ema") for key in a[part])
     assert run(module, *argv, "broken.pt", "--lr", 0.5) == 2
     assert re.search("lr was .*, now 0.5", capsys.readouterr().err.splitlines()[-1])
+
+@pytest.mark.parametrize("line", ["pointdiff.py train --points 64 --batch 1", "transunet.py train --batch 2"])
+def test_two_processes_train_one_model(here, line):
+    """torchrun parts a batch, nobody's part is empty; only the first process prints and saves."""
+    file, *argv = f"{line} set.npz --width 8 --steps 2 --out model.pt".split()
+    argv = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / file, *argv]
+    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True)
+    assert done.stdout.count("after 2 steps") == 1 and fairdiff.load_checkpoint("model.pt")["step"] == 2, done.stderr
 
 @pytest.mark.parametrize("module, command, size, disc, words", [
     (controlnet, "train-base", 36, 1, "36 multiples 8"), (transunet, "train", 32, 0, "empty"),
