@@ -157,8 +157,6 @@ class TransUNet(nn.Module):
         skips = (8 * width, 4 * width, width, 0)
         self.ups = nn.ModuleList(map(Up, (bridge, *decoder), skips, decoder))
         self.head = nn.Conv2d(decoder[-1], n_classes, 3, padding=1)
-        for layer in (self.ups[-2].conv2, self.ups[-1], self.head):     # faster with few channels
-            layer.to(memory_format=torch.channels_last)
 
     @classmethod
     def base(cls, n_classes=3):
@@ -270,15 +268,18 @@ def draw_weights(code, method, synthetic=0):
         weight[code < 0] = len(groups) / (code >= 0).sum()
     return torch.as_tensor(weight)
 
-def build(config):
-    """The network of a checkpoint's config, and what its method learns with it."""
+def build(config, device):
+    """The network of a checkpoint's config, on a device, and what its method learns with it."""
     net = TransUNet.base() if config["base"] else TransUNet(width=config["width"])
     n_groups = len(config["groups"])
     net.register_buffer("q", torch.ones(n_groups) / n_groups)           # GroupDRO's weights
     if config["method"] == "adv":
         layers = nn.Linear(net.position.shape[1], 64), nn.ReLU(), nn.Linear(64, n_groups)
         net.adversary = nn.Sequential(*layers)
-    return net
+    if device.type == "cpu":                            # faster there, for few channels
+        for layer in (net.ups[-2].conv2, net.ups[-1], net.head):
+            layer.to(memory_format=torch.channels_last)
+    return net.to(device)
 
 def method_loss(net, method, strength, progress, rarity, logits, token, mask, group):
     """Loss of a method on a batch; progress 0 to 1, rarity (G,), token (B, D); updates net.q."""
@@ -314,7 +315,7 @@ def train(dataset, out="seg.pt", method: Literal[METHODS] = "plain", strength: f
     lr = lr or {"adamw": 4e-3, "sgd": 0.01}[optimizer]
     config |= {"groups": names, "data": fingerprint(data["image"], data["mask"], code)}
     torch.manual_seed(seed)
-    net = build(config).to(device)
+    net = build(config, device)
     if weights:
         net.load_npz(weights)
     updater = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.01, fused=device.type != "mps")
@@ -363,9 +364,9 @@ def predict_masks(net, images, device, batch=100):
 def load_segmenter(path, device):
     """The trained network of a checkpoint, its EMA weights."""
     state = load_checkpoint(path, ("transunet",))
-    net = build(state["config"])
+    net = build(state["config"], device)
     net.load_state_dict(state["ema"])
-    return net.to(device).eval()
+    return net.eval()
 
 def predict(checkpoint, dataset, out="pred.npz", device="auto"):
     """Write a dataset whose masks are the network's."""

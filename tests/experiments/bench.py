@@ -80,14 +80,15 @@ def bench(base=False):
     config = {"kind": "control", "mean": 100.0, "std": 40.0}
     row(f"ControlNet, sampling {batch}, 8 steps", batch, lambda: controlnet.sample_images(
         net, config, np.zeros(batch, int), masks, device))
-    training(f"TransUNet compact, step of {batch}, {size} px", batch, transunet.TransUNet(),
+    config = {"base": False, "width": 16, "groups": ["all"], "method": "plain"}
+    training(f"TransUNet compact, step of {batch}, {size} px", batch, transunet.build(config, device),
              lambda net: transunet.seg_loss(net(image), mask))
-    net = transunet.TransUNet().to(device)
+    net = transunet.build(config, device)
     pictures = np.zeros((100, size, size), np.uint8)
     row(f"TransUNet compact, predicting 100, {size} px", 100, lambda: transunet.predict_masks(net, pictures, device))
     if base:
         image, mask = torch.rand(2, 1, 224, 224, device=device), torch.zeros(2, 224, 224, dtype=torch.long, device=device)
-        training("TransUNet base, step of 2, 224 px", 2, transunet.TransUNet.base(),
+        training("TransUNet base, step of 2, 224 px", 2, transunet.build(config | {"base": True}, device),
                  lambda net: transunet.seg_loss(net(image), mask))
 
 if __name__ == "__main__":
