@@ -338,7 +338,8 @@ def number_or(word):
 def fairseg(folder, out="data", size=64, crop: number_or("disc") = 512, split: list = None,
             attribute: str = None, test_share=0.2, skip_bad=False):
     """Import a folder of Harvard-FairSeg files.
-    crop: side of the centred square, or disc: around the disc; split: TRAIN.txt TEST.txt."""
+    crop: side of the centred square, or disc: around the disc; split: TRAIN.txt TEST.txt;
+    attribute: the groups to split evenly and to show, by default the first column."""
     folder = pathlib.Path(folder)
     paths = sorted(folder.rglob("[!.]*.npz"))                           # macOS hides copies
     lists = split or [*folder.glob("train.txt"), *folder.glob("test.txt")]

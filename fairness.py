@@ -195,7 +195,7 @@ def print_table(title, heads, lines):
         print("| " + " | ".join(map(str.ljust, line, widths)) + " |")
 
 def table(dataset, predictions: list, out="results.csv", attribute="race"):
-    """Score predictions NAME=FILE, or NAME:SEED=FILE: write a CSV file, print Tables 2-5."""
+    """Score predictions NAME=FILE, or NAME:SEED=FILE: write CSV and chart, print Tables 2-5."""
     truth = load_set(dataset)
     group, names = group_codes(truth, attribute)
     scores, reports, lines = score_predictions(predictions, truth), {}, []

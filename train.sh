@@ -12,7 +12,7 @@ set -euo pipefail
 set -m                                                  # a process group a job, which the trap can end as a whole
 OUT=${OUT:-out} ATTRIBUTE=${ATTRIBUTE:-race} SEED=${SEED:-0} SEEDS=${SEEDS:-$SEED} GPUS=${GPUS:-1} METHODS=${METHODS:-}
 DATA=${DATA:-} CROP=${CROP:-512} SPLIT=${SPLIT:-} SKIP_BAD=${SKIP_BAD:-} WEIGHTS=${WEIGHTS:-}
-unset RANK WORLD_SIZE LOCAL_RANK OMP_NUM_THREADS        # nothing but these settings steers a run
+unset RANK WORLD_SIZE LOCAL_RANK OMP_NUM_THREADS CDPATH # nothing but these settings steers a run
 all="plain oversample groupdro adv fairseg equal balanced no-points oracle" here=$(cd "$(dirname "$0")" && pwd) pids=""
 die() { echo "train.sh: $1" >&2; exit 2; }
 # Python: the one at hand if it has the packages, else a virtual environment, which is whole or not there
@@ -54,15 +54,15 @@ mkdir -p "$OUT/log" && cd "$OUT"                        # all paths are relative
 # stage NAME FILE COMMAND ARGS...: run one command, keep what it prints, skip it the next time
 stage() {
   local name=$1 started=$SECONDS launch=""; shift
+  [[ $GPUS == 1 || $2 != train* ]] || launch="-m torch.distributed.run --standalone --nproc_per_node=$GPUS"
   if [ -f "log/$name.done" ]; then
-    diff <(printf '%s\n' "$@" "files ${files:-}") "log/$name.done" > "log/$name.diff" && echo "== $name: done" && return
+    diff <(printf '%s\n' $launch "$@" "files ${files:-}") "log/$name.done" > "log/$name.diff" && echo "== $name: done" && return
     die "OUT=$OUT: $name had other settings (now <, then >): $(grep '^[<>]' "log/$name.diff" | tr '\n' ' ')- choose another OUT"
   fi
   echo "== $name: $*"
-  [[ $GPUS == 1 || $2 != train* ]] || launch="-m torch.distributed.run --standalone --nproc_per_node=$GPUS"
   ${lanes:+env OMP_NUM_THREADS=1} "$python" $launch "$here/$1" "${@:2}" > "log/$name.txt"
   printf '%6d s  %s\n' $((SECONDS - started)) "$name" | tee -a log/seconds.txt
-  printf '%s\n' "$@" "files ${files:-}" > "log/$name.done"
+  printf '%s\n' $launch "$@" "files ${files:-}" > "log/$name.done"
 }
 # beside COMMAND: run it beside the others as soon as a core is free; join PIDS: wait for them (bash 3.2 has no wait -n)
 beside() { while [ "$(jobs -rp | wc -l)" -ge ${lanes:-1} ]; do sleep 0.2; done; [ -n "$lanes" ] || join $pids; "$@" & pids="$pids $!"; }
@@ -84,10 +84,11 @@ else
 fi
 # 2. Points to masks (Section 2.2), 3. masks to images (Section 2.3): models of all groups, or 1, 2, ... of one each
 each() {
-  local n=0 name
+  local n=0 name names
   [ -z "$lanes" ] || { "$1" all; return; }
-  while IFS= read -r name <&3; do n=$((n + 1)); "$1" $n --group "$name"; done 3< <("$python" -c 'import numpy, sys
+  names=$("$python" -c 'import numpy, sys
 print(*sorted(set(numpy.load(sys.argv[1])[sys.argv[2]]) - {""}), sep="\n")' $real "$ATTRIBUTE")
+  while IFS= read -r name <&3; do n=$((n + 1)); "$1" $n --group "$name"; done 3<<< "$names"
 }
 train_points() {
   stage points-$1 pointdiff.py train $real "${groups[@]}" "${@:2}" --steps $points $seed --out points-$1.pt

@@ -2,10 +2,10 @@
 
     python tests/experiments/study.py --out study --rare 10 30 92 --seeds 0 1 2 3 4
 
-One cell is one run of train.sh with METHODS=all (or as set), about 12 minutes on two cores, and GroupDRO on the Equal
-Scale set. With 30 rare images also four more TransUNets: the losses of GroupDRO and FairSeg without their groups, and
-the attribution: masks or images generated, the other half from the phantom. What is in study.csv is not made again.
-Writes study.csv beside this file and assets/study.svg. Seeds 10, 11 and 12 are for choices, seeds 0 to 4 are reported.
+One cell is one run of train.sh with METHODS=all, about 12 minutes on two cores, and GroupDRO on the Equal Scale set.
+With 30 rare images also four more TransUNets: the losses of GroupDRO and FairSeg without their groups, and the
+attribution: masks or images generated, the other half from the phantom. What is in study.csv is not made again.
+Writes study.csv beside this file and assets/study.svg. Seeds 10 to 12 are for choices, seeds 0 to 4 are reported.
 """
 import concurrent.futures
 import csv
@@ -75,7 +75,7 @@ def cell(out, rare, seed):
         list(pool.map(lambda name: train(out, str(seed), name), MORE))
 
 def measure(out, seed):
-    """Rows (row, measure, value) of a finished cell: worst group, ES-Dice, all patients; memorised shares."""
+    """Rows (row, measure, value) of a finished cell: worst group, ES-Dice, all, gap; memorised shares, judge's Dice."""
     truth = fairdiff.load_set(out / "data/test.npz")
     group, names = fairdiff.group_codes(truth, "race")
     files = {path.stem.removesuffix(f"-{seed}"): path for path in sorted((out / "pred").glob("*.npz"))}
