@@ -67,7 +67,7 @@ def bench(base=False):
     training("PointNet, step of 16 x 192 points", 16, pointdiff.PointNet(3),
              lambda net: ddpm.loss(net, x, t, group, net.encode(x)[0]))
     net = pointdiff.PointNet(3).to(device)
-    row("PointNet, sampling 16 clouds, 32 steps", 16, lambda: ddpm.sample(
+    row("PointNet, sampling 16 clouds, 32 steps", 16, lambda: fairdiff.autocast(device)(ddpm.sample)(
         net, (16, 256, 3), group, steps=32, eta=1.0, generator=torch.Generator(device)))
     image, group = torch.randn(batch, 1, size, size, device=device), group.repeat(3)[:batch]
     t = t.repeat(3)[:batch]
