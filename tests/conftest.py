@@ -19,8 +19,7 @@ def refused(capsys):
         capsys.readouterr()
         assert run(module, *argv) == 2
         error = capsys.readouterr().err
-        assert error.count("\n") == 1
-        assert [word for word in words.split() if word not in error] == []
+        assert error.count("\n") == 1 and [word for word in words.split() if word not in error] == [], error
     return check
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,7 @@
 
 Every row is the work as the project does it: bf16 where the hardware multiplies it, a batch of the scale that runs
 here (cpu, or gpu where CUDA works). Its GFLOP/s, counted by torch, are compared with a matrix product in the same run,
-and its time with the same work in fp32. Nothing is asserted: timings depend on the machine. OMP_NUM_THREADS=1 shows
-one core, as the rows of train.sh have at SCALE=cpu.
+and its time with the same work in fp32. OMP_NUM_THREADS=1 shows one core, as rows have at SCALE=cpu.
 """
 import pathlib
 import sys
@@ -44,11 +43,9 @@ def bench(base=False):
         for module in (fairdiff, controlnet, transunet):
             module.autocast = mixed
         print(f"{name:<40}{items / s:>10.1f}{1000 * s:>10.1f}{share:>9.1%}{speedup:>9.2f}", flush=True)
-
     def training(name, items, net, loss):
         net = net.to(device)
         optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-3)
-
         def step():
             with fairdiff.autocast(device):
                 value = loss(net)
@@ -56,8 +53,6 @@ def bench(base=False):
             value.backward()
             optimizer.step()
         row(name, items, step)
-
-    row(f"phantom, {size} px", 50, lambda: fairdiff.make_phantom(50, size, 0))
     masks = fairdiff.make_phantom(batch, size, 0)["mask"]
     clouds = [pointdiff.mask_to_points(mask) for mask in masks]
     row(f"masks to points, {size} px", batch, lambda: [pointdiff.mask_to_points(mask) for mask in masks])
@@ -72,8 +67,6 @@ def bench(base=False):
     image, group = torch.randn(batch, 1, size, size, device=device), group.repeat(3)[:batch]
     t = t.repeat(3)[:batch]
     mask = torch.as_tensor(masks, device=device).long()
-    training(f"UNet, step of {batch}, {size} px", batch, controlnet.UNet(3),
-             lambda net: ddpm.loss(net, image, t, group))
     training(f"ControlNet, step of {batch}, {size} px", batch, controlnet.ControlNet(controlnet.UNet(3)),
              lambda net: ddpm.loss(net, image, t, group, mask))
     net = controlnet.ControlNet(controlnet.UNet(3)).to(device)

@@ -1,10 +1,9 @@
-"""The README's animation and pictures from a finished run: python tests/experiments/film.py [out]
+"""The README's animation from a finished run: python tests/experiments/film.py [out]
 
 Three groups side by side: noise becomes boundary points, the points a mask, noise over the mask an image. Writes
-assets/method.gif, under 1.5 MB, and copies assets/phantom.png and assets/synthetic.png from the run.
+assets/method.gif, under 1.5 MB.
 """
 import pathlib
-import shutil
 import sys
 
 import numpy as np
@@ -56,7 +55,7 @@ def pictures_of_group(out, g):
     return config["groups"][g], pictures
 
 def main(out):
-    """Write the animation of a run's folder and copy its pictures."""
+    """Write the animation of a run's folder."""
     names, columns = zip(*[pictures_of_group(out, g) for g in range(3)], strict=True)
     film = []
     for tiles in zip(*columns, strict=True):
@@ -67,8 +66,6 @@ def main(out):
         film.append(frame.quantize(64))
     path = root / "assets/method.gif"
     film[0].save(path, save_all=True, append_images=film[1:], duration=100, loop=0, optimize=True)
-    shutil.copy(out / "data/train.npz.png", root / "assets/phantom.png")
-    shutil.copy(out / "synthetic-all.npz.png", root / "assets/synthetic.png")
     print(f"{path}: {len(film)} frames, {path.stat().st_size / 1e6:.2f} MB")
 
 if __name__ == "__main__":
