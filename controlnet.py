@@ -297,7 +297,7 @@ def evaluate(judge, train, test, sets: list, out="table1.csv", attribute="race",
     classes = structures(train["mask"]).values()
     results = {}                                        # by set: codes, Dice, features of each file
     for item in [f"real={test}", *sets]:
-        label, _, path = item.partition("=") if "=" in item else ("", "", item)
+        label, path = item.split("=", 1) if "=" in item else ("", item)
         stem = pathlib.Path(path).stem
         label = label or stem.rpartition("-")[0] or stem
         data = load_set(path)

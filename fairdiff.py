@@ -503,7 +503,7 @@ class Run:
         if self.step % 50 == 49 or self.step + 1 == self.config["steps"]:
             self.losses.append([self.step + 1, loss.item()])
             if not all(value.isfinite().all() for value in (loss, *weights.values())):
-                raise FloatingPointError(f"loss {loss.item()}, step {self.step}; try a lower --lr")
+                raise FloatingPointError(f"loss {loss} at step {self.step + 1}; try a lower --lr")
 
     def save(self):
         """Write the checkpoint, whole or not at all."""

@@ -297,7 +297,7 @@ def train(dataset, out="points.pt", attribute="race", group: str = None, width=9
         part = torch.randperm(512, device=device)[:points]              # the same of each cloud
         x0 = x[index][:, part]                                          # (B, N, 3)
         place = torch.rand(1, device=device) + torch.arange(len(x0), device=device) / len(x0)
-        t = (place % 1 * ddpm.T).long()     # (B,), spread evenly (Kingma et al. 2021): less noisy
+        t = (place % 1 * ddpm.T).long()     # (B,), spread evenly (Kingma et al. 2021)
         with autocast(device):
             mu, var = net.encode(x0)
             z = mu + var.sqrt() * torch.randn_like(mu)
@@ -315,7 +315,7 @@ def train(dataset, out="points.pt", attribute="race", group: str = None, width=9
 def sample(checkpoint, out="masks.npz", group: str = None, n: int = None, size: int = None,
            points=256, steps=32, keep_invalid=False, seed=0, device="auto"):
     """Sample n masks a group, with black images, of one or of all; default: as Equal Scale needs.
-    size: pixels a side; points: of a cloud; keep_invalid: for models that are hardly trained."""
+    size: default as trained; points: of a cloud, more leave fewer gaps; keep_invalid: keep all."""
     device, _ = setup(device)
     state = load_checkpoint(checkpoint, ("points",))
     config = state["config"]

@@ -100,8 +100,8 @@ train_images() {
   each train_control
 }
 train_control() { stage control-$1 controlnet.py train-control $real base.pt "${@:2}" --steps $control $fit $seed --out control-$1.pt; }
-paint() { stage synthetic-$1 controlnet.py sample control-$1.pt masks-$1.npz $sampler --out synthetic-$1.npz; }
-paint_real() { stage real-masks-$1 controlnet.py sample control-$1.pt $real --equal $sampler --out real-masks-$1.npz; }
+generate() { stage synthetic-$1 controlnet.py sample control-$1.pt masks-$1.npz $sampler --out synthetic-$1.npz; }
+generate_over_real() { stage real-masks-$1 controlnet.py sample control-$1.pt $real --equal $sampler --out real-masks-$1.npz; }
 # 4. TransUNet (Section 3): every row of the tables but twice takes the same number of steps
 row() {
   local set=$real flags="--method $1" steps=$seg
@@ -120,15 +120,15 @@ beside row judge 1000                                   # a TransUNet that only 
 generators=$pids
 rows "plain twice oversample"
 join $generators
-beside each paint; paint_pid=$!
+beside each generate; generate_pid=$!
 rows "groupdro adv fairseg oracle"
-beside each paint_real; paint_real_pid=$!
-join $paint_pid
+beside each generate_over_real; over_real_pid=$!
+join $generate_pid
 # 5. Equal Scale (Section 2.4, Eq. 6), and the same over the masks of training images: without the point model
 stage mix fairdiff.py mix $real synthetic-*.npz "${groups[@]}" $seed --out mixed.npz
 rows "equal balanced"
 beside stage base-alone controlnet.py sample base.pt $real --n 100 $sampler --out base-alone.npz
-join $paint_real_pid $!
+join $over_real_pid $!
 [[ $METHODS != *no-points* ]] || stage mix-no-points fairdiff.py mix $real real-masks-*.npz "${groups[@]}" $seed --out no-points.npz
 rows no-points
 # 6. Evaluation: images (Table 1), segmentation (Tables 2-5), one page with everything

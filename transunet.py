@@ -276,7 +276,7 @@ def build(config, device):
     if config["method"] == "adv":
         layers = nn.Linear(net.position.shape[1], 64), nn.ReLU(), nn.Linear(64, n_groups)
         net.adversary = nn.Sequential(*layers)
-    if device.type == "cpu":                            # faster there, for few channels
+    if device.type == "cpu":                            # convolutions of few channels run faster so
         for layer in (net.ups[-2].conv2, net.ups[-1], net.head):
             layer.to(memory_format=torch.channels_last)
     return net.to(device)
