@@ -185,19 +185,23 @@ def fit(net, config, data, out, device):
     optimizer = torch.optim.Adam(net.parameters(), config["lr"], fused=device.type != "mps")
     run = Run(out, config, net, optimizer, decay=0.995)
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
-    image = torch.as_tensor(data["image"], device=device)[:, None]      # (N, 1, H, W)
-    mask = torch.as_tensor(data["mask"], device=device)                 # (N, H, W)
+    pairs = np.stack([data["image"], data["mask"]], 1)
+    h, w = pairs.shape[2:]
+    margin = h // 16                                    # pixels, by which images are moved
+    pairs = np.pad(pairs, [(0, 0), (0, 0), (margin, margin), (margin, margin)], "reflect")
+    pairs = torch.as_tensor(pairs, device=device)       # (N, 2, H + 2 margin, W + 2 margin)
     group = torch.as_tensor(code, device=device)                        # (N,)
     odds = draw_weights(code, "oversample")
     for step in run.steps():
         cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)
         optimizer.param_groups[0]["lr"] = config["lr"] * min((step + 1) / 50, cosine)
         index = torch.multinomial(odds, max(1, config["batch"] // world), replacement=True)
-        x0 = (image[index] - config["mean"]) / config["std"]            # (B, 1, H, W)
-        m = mask[index].long()                                          # (B, H, W)
-        if torch.rand(()) < 0.5:                                        # mirror the batch
-            x0 = x0.flip(-1)
-            m = m.flip(-1)
+        # move and mirror the batch: else ten images of a rare group are learnt by heart
+        top, left = torch.randint(2 * margin + 1, (2,)).tolist()
+        pair = pairs[index, :, top:top + h, left:left + w]              # (B, 2, H, W)
+        pair = pair.flip([axis for axis in (2, 3) if torch.rand(()) < 0.5])
+        x0 = (pair[:, :1] - config["mean"]) / config["std"]             # (B, 1, H, W)
+        m = pair[:, 1].long()                                           # (B, H, W)
         weight = mask_weight(m) if config["kind"] == "control" else 1.0
         t = torch.randint(ddpm.T, (len(x0),), device=device)            # (B,)
         with autocast(device):
