@@ -1,11 +1,10 @@
-"""Mask-image generation (Section 2.3): a diffusion UNet, and a ControlNet that follows masks.
+"""Mask-image generation (Section 2.3): a diffusion UNet, a ControlNet (Zhang et al. 2023) on it.
 
     python controlnet.py train-base data/train.npz --attribute race --out base.pt
     python controlnet.py train-control data/train.npz base.pt --out control.pt
     python controlnet.py sample control.pt masks.npz --out synthetic.npz
     python controlnet.py evaluate judge.pt data/train.npz data/test.npz generated=synthetic.npz
 
-The base learns to generate images of a group, the ControlNet (Zhang et al. 2023) to follow masks.
 B batch, N images, H W pixels, p patch, level i: Ci channels, h w pixels; E embedding, D features.
 """
 import copy
@@ -133,9 +132,7 @@ class ControlNet(nn.Module):
 def build(config):
     """The network of a checkpoint's config."""
     net = UNet(len(config["groups"]), config["widths"], config["patch"])
-    if config["kind"] == "control":
-        net = ControlNet(net, config["lock"])
-    return net
+    return ControlNet(net, config["lock"]) if config["kind"] == "control" else net
 
 def mask_weight(mask):
     """Loss weights (B, 1, H, W), mean 1: the disc counts fivefold, small cups more than large."""
@@ -148,8 +145,8 @@ def mask_weight(mask):
 def train_base(dataset, out="base.pt", attribute="race", width=32, patch: int = None, steps=200,
                batch=8, lr=2e-3, seed=0, device="auto"):
     """Train the UNet on the images of a dataset.
-    width: channels of level 0, divisible by 8; patch: p x p pixels become channels, by default the
-    largest p that leaves at least 32 on a side, or 2."""
+    width: channels of level 0; patch: p x p pixels become channels, by default the largest p that
+    leaves at least 32 on a side, or 2."""
     config = locals() | {"kind": "base", "widths": [width, 2 * width, 3 * width]}
     data = load_set(dataset)
     _, names = group_codes(data, attribute)
@@ -176,7 +173,7 @@ def train_control(dataset, base, out="control.pt", group: str = None, lock=False
     fit(ControlNet(net, lock), config, data, out, device)
 
 def fit(net, config, data, out, device):
-    """Train a network on a dataset, groups equally often."""
+    """Train on all groups equally often, moved and mirrored, else few images are memorised."""
     device, world = setup(device)
     code, _ = group_codes(data, config["attribute"], config["groups"])
     config["data"] = fingerprint(data["image"], data["mask"], code)
@@ -196,7 +193,6 @@ def fit(net, config, data, out, device):
         cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)
         optimizer.param_groups[0]["lr"] = config["lr"] * min((step + 1) / 50, cosine)
         index = torch.multinomial(odds, max(1, config["batch"] // world), replacement=True)
-        # move and mirror the batch: else ten images of a rare group are learnt by heart
         top, left = torch.randint(2 * margin + 1, (2,)).tolist()
         pair = pairs[index, :, top:top + h, left:left + w]              # (B, 2, H, W)
         pair = pair.flip([axis for axis in (2, 3) if torch.rand(()) < 0.5])

@@ -112,8 +112,7 @@ def concatenate(*sets):
         raise InputError(f"images of {sorted(sizes)} pixels; expected one size in all sets")
     joined = {}
     for key in dict.fromkeys(key for data in sets for key in data):
-        parts = [data.get(key, np.full(len(data["name"]), "")) for data in sets]
-        joined[key] = np.concatenate(parts)
+        joined[key] = np.concatenate([data.get(key, [""] * len(data["name"])) for data in sets])
     return check_set(joined, "the sets together")
 
 @contextlib.contextmanager
@@ -623,6 +622,8 @@ def command_line(*functions, argv=None):
             lowest = 0 if key in ("seed", "test") else 1
             if type(value) is int and value < lowest:
                 raise InputError(f"--{key.replace('_', '-')} {value}; expected {lowest} or more")
+            if key == "width" and value % 8:            # GroupNorm parts the channels
+                raise InputError(f"--width {value}; expected a multiple of 8")
         settings.pop("function")(**settings)
         return 0
     except BrokenPipeError:                             # `... | head` has read enough

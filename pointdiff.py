@@ -268,7 +268,7 @@ def train(dataset, out="points.pt", attribute="race", group: str = None, width=9
           schedule: Literal["cosine", "linear"] = "cosine", steps=2800, batch=16, lr=2e-3, seed=0,
           device="auto"):
     """Train on the clouds of all groups or, as the paper does, of one group alone.
-    width: channels, even; latent: numbers in z; points: how many of the 512 each step takes."""
+    width: channels; latent: numbers in z; points: how many of the 512 each step takes."""
     config = locals() | {"kind": "points"}
     device, world = setup(device)
     data = load_set(dataset)

@@ -38,16 +38,16 @@ case $SCALE in
 esac
 [ -z "$lanes" ] || METHODS=${METHODS:-plain oversample equal oracle}
 METHODS=${METHODS:-all} METHODS=${METHODS/all/$all} RARE=${RARE:-$rare}
-for n in "$SEED" "$GPUS" $SEEDS "${RARE:-0}"; do [[ $n =~ ^(0|[1-9][0-9]*)$ ]] || die "$n: expected a number like 7"; done
+n='(0|[1-9][0-9]*)' numbers="^$n;$n( +$n)*;[1-9][0-9]*;([1-9][0-9]*)?$"
+[[ "$SEED;$SEEDS;$GPUS;$RARE" =~ $numbers ]] || die "SEED=$SEED SEEDS=$SEEDS GPUS=$GPUS RARE=$RARE: expected numbers, the last two above 0"
 for row in $METHODS; do [[ " $all twice " == *" $row "* ]] || die "METHODS=$METHODS: expected some of: all $all twice"; done
 [ -z "$(printf '%s\n' $METHODS $SEEDS | sort | uniq -d)" ] || die "METHODS=$METHODS SEEDS=$SEEDS: expected each once"
 published='import numpy, sys; numpy.load(sys.argv[1])["conv_root/kernel"]'
 [ -z "$WEIGHTS" ] || { [ $SCALE = paper ] && "$python" -c "$published" "$WEIGHTS" 2> /dev/null; } ||
   die "WEIGHTS=$WEIGHTS SCALE=$SCALE: expected the file R50+ViT-B_16.npz, and SCALE=paper"
 [ -e "${DATA:-.}" ] || die "DATA=$DATA: no such file or folder"
-[[ -z $DATA || $DATA == /* ]] || DATA=$PWD/$DATA
-[[ -z $WEIGHTS || $WEIGHTS == /* ]] || WEIGHTS=$PWD/$WEIGHTS
-SPLIT=$(for file in $SPLIT; do [[ $file == /* ]] || file=$PWD/$file; echo "$file"; done)
+absolute() { for file in "$@"; do [[ -z $file || $file == /* ]] || file=$PWD/$file; echo "$file"; done; }
+DATA=$(absolute "$DATA") WEIGHTS=$(absolute "$WEIGHTS") SPLIT=$(absolute $SPLIT)
 [ -z "$DATA" ] || METHODS=${METHODS/oracle/} files=$(find -L "$DATA" -type f -exec wc -c {} + | sort | cksum)
 [ -n "${METHODS// }" ] || die "METHODS=oracle: expected another row, only the phantom has an oracle"
 mkdir -p "$OUT/log" && cd "$OUT"                        # all paths are relative to it, so that it may be moved

@@ -3,7 +3,6 @@
     python transunet.py train data/train.npz --method plain --out plain.pt
     python transunet.py predict plain.pt data/test.npz --out plain.npz
 
-TransUNet.base() is the published R50-ViT-B/16 with 105.28 M parameters, the default has 0.95 M.
 B batch, N images, C channels, H W image, L tokens of width D, K classes, G groups; -1: unknown.
 """
 import math

@@ -46,6 +46,19 @@ def test_zero_convolutions_learn(lock):
     assert moved[0] == {"z2"} | decoder and moved[3] == {"z2", "z1", "hint", "copy"} | decoder
     assert not torch.allclose(net(x, t, g, mask), net(x, t, g, (mask + 1) % 3))
 
+def test_a_step_moves_image_and_mask_alike(here, monkeypatch):
+    """Where an image is bright its mask is 1, and that is at one place in one step and at another in the next."""
+    mask = np.zeros((2, 32, 32), np.uint8)
+    mask[:, 4:10, 20:29] = 1
+    fairdiff.save_set("set.npz", {"image": 200 * mask, "mask": mask, "race": np.array([*"ab"])})
+    loss, seen = controlnet.DDPM.loss, set()
+    def look(ddpm, net, x0, t, group, m, weight):
+        seen.add((torch.equal(x0[:, 0] > 0, m > 0), m[0].numpy().tobytes()))
+        return loss(ddpm, net, x0, t, group, m)
+    monkeypatch.setattr(controlnet.DDPM, "loss", look)
+    assert run(controlnet, "train-base", "set.npz", "--width", 8, "--steps", 9) == 0
+    assert {alike for alike, _ in seen} == {True} and len(seen) > 3
+
 def test_from_base_to_evaluation(here, phantom):
     """Every command on a tiny phantom; a sampled set keeps masks, names and groups, and depends on the seed alone."""
     short = ["--batch", 4, "--steps", 2, "--out"]

@@ -24,18 +24,19 @@ ROOT = pathlib.Path(fairdiff.__file__).parent
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A copy of the files, with a python3 in bin that is the one of the tests, and one in idle that does nothing."""
+    """A copy of the files; bin holds the python3 of the tests and, for CDPATH, a folder out; in idle python3 does nothing."""
     folder = tmp_path_factory.mktemp("folder")
     for path in (*ROOT.glob("*.py"), ROOT / "train.sh"):
         shutil.copy(path, folder)
     for name, script in (("bin", f'exec "{sys.executable}" "$@"'), ("idle", "")):
-        (folder / name).mkdir()
+        (folder / name / "out").mkdir(parents=True)
         (folder / name / "python3").write_text(f"#!/bin/sh\n{script}\n")
         (folder / name / "python3").chmod(0o755)
     return folder
 
 def start(folder, python="bin", **settings):
-    env = os.environ | {"SCALE": "smoke", "PATH": f"{folder / python}:{os.environ['PATH']}"} | settings
+    path = f"{folder / python}:{os.environ['PATH']}"
+    env = os.environ | {"SCALE": "smoke", "PATH": path, "CDPATH": str(folder / "bin")} | settings
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(["bash", "train.sh"], cwd=folder, env=env, start_new_session=True, **pipes)
 
@@ -94,6 +95,7 @@ def test_the_same_command_skips_all_that_is_done(folder, smoke):
         assert re.findall(r"(?m)^\|.*", out) == re.findall(r"(?m)^\|.*", smoke[1])
     out, err, code = train(folder, SEED="1")
     assert code == 2 and re.search(r"data had other settings.*< 1.*> 0", err) and "==" not in out
+    assert train(folder, GPUS="2")[2] == 2                              # the trainings were made by one process
 
 def test_a_killed_run_ends_like_an_unbroken_one(folder, smoke):
     """SIGKILL in a training, then the same command: what is done is kept, and the results are the same."""
@@ -114,9 +116,9 @@ def test_a_killed_run_ends_like_an_unbroken_one(folder, smoke):
     assert code == 0 and "== mix: done" in out and "== equal-0: done" not in out
     assert (folder / "killed/results.csv").read_bytes() == (smoke[0] / "results.csv").read_bytes()
 
-BAD = [{"SEED": "08"}, {"SEED": "0 1"}, {"SEEDS": "1 1"}, {"METHODS": "nonsense"}, {"GPUS": "x"}, {"DATA": "missing"},
+BAD = [{"SEED": "08"}, {"SEED": "0 1"}, {"SEEDS": "1 1"}, {"METHODS": "nonsense"}, {"GPUS": "0"}, {"DATA": "missing"},
        {"WEIGHTS": "missing", "SCALE": "paper"}, {"WEIGHTS": "other.npz", "SCALE": "paper", "DATA": "none"},
-       {"WEIGHTS": "R50+ViT-B_16.npz"}, {"RARE": "-1"}, {"SCALE": "huge"}]
+       {"WEIGHTS": "R50+ViT-B_16.npz"}, {"RARE": "0"}, {"SCALE": "huge"}]
 
 @pytest.mark.parametrize("settings", BAD, ids=str)
 def test_bad_settings_are_refused_before_any_stage(folder, settings):
@@ -141,11 +143,9 @@ esac
 """
 
 def test_packages_are_installed_whole_or_not_at_all(folder):
-    """A python3 without packages: an installation that fails leaves no .venv, two at once leave one that works,
-    and after it the first stage runs. A python3 that is too old is refused in one line."""
-    (folder / "fresh").mkdir()
-    (folder / "old").mkdir()
+    """An installation that fails leaves no .venv, two at once leave one that works; an old python3 is refused."""
     for name, old in (("fresh", 0), ("old", 1)):
+        (folder / name).mkdir()
         (folder / name / "python3").write_text(FRESH.format(python=sys.executable, old=old))
         (folder / name / "python3").chmod(0o755)
     _, err, code = train(folder, "old", OUT="none")
@@ -239,3 +239,4 @@ def test_sets_that_cannot_be_learnt_are_refused(here, refused, module, command, 
     data = fairdiff.make_phantom(4, size, seed=0)
     fairdiff.save_set("set.npz", data | {"mask": disc * data["mask"]})
     refused(module, command, "set.npz", "--batch", 1, "--steps", 2, words=words)
+    refused(module, command, "set.npz", "--width", 12, words="--width 12 8")
