@@ -1,4 +1,4 @@
-"""Mask-image generation (Section 2.3): a diffusion UNet, a ControlNet (Zhang et al. 2023) on it.
+"""Mask-image generation (Section 2.3): a diffusion UNet and a ControlNet (Zhang et al. 2023).
 
     python controlnet.py train-base data/train.npz --attribute race --out base.pt
     python controlnet.py train-control data/train.npz base.pt --out control.pt
@@ -173,7 +173,7 @@ def train_control(dataset, base, out="control.pt", group: str = None, lock=False
     fit(ControlNet(net, lock), config, data, out, device)
 
 def fit(net, config, data, out, device):
-    """Train on all groups equally often, moved and mirrored, else few images are memorised."""
+    """Train a network; groups are drawn equally often, images shifted and flipped."""
     device, world = setup(device)
     code, _ = group_codes(data, config["attribute"], config["groups"])
     config["data"] = fingerprint(data["image"], data["mask"], code)
@@ -184,7 +184,7 @@ def fit(net, config, data, out, device):
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     pairs = np.stack([data["image"], data["mask"]], 1)
     h, w = pairs.shape[2:]
-    margin = h // 16                                    # pixels, by which images are moved
+    margin = h // 16                                    # without shifts few images are memorised
     pairs = np.pad(pairs, [(0, 0), (0, 0), (margin, margin), (margin, margin)], "reflect")
     pairs = torch.as_tensor(pairs, device=device)       # (N, 2, H + 2 margin, W + 2 margin)
     group = torch.as_tensor(code, device=device)                        # (N,)

@@ -622,7 +622,7 @@ def command_line(*functions, argv=None):
             lowest = 0 if key in ("seed", "test") else 1
             if type(value) is int and value < lowest:
                 raise InputError(f"--{key.replace('_', '-')} {value}; expected {lowest} or more")
-            if key == "width" and value % 8:            # GroupNorm parts the channels
+            if key == "width" and value % 8:            # GroupNorm splits the channels
                 raise InputError(f"--width {value}; expected a multiple of 8")
         settings.pop("function")(**settings)
         return 0

@@ -46,7 +46,7 @@ def test_zero_convolutions_learn(lock):
     assert moved[0] == {"z2"} | decoder and moved[3] == {"z2", "z1", "hint", "copy"} | decoder
     assert not torch.allclose(net(x, t, g, mask), net(x, t, g, (mask + 1) % 3))
 
-def test_a_step_moves_image_and_mask_alike(here, monkeypatch):
+def test_training_shifts_image_and_mask_alike(here, monkeypatch):
     """Where an image is bright its mask is 1, and that is at one place in one step and at another in the next."""
     mask = np.zeros((2, 32, 32), np.uint8)
     mask[:, 4:10, 20:29] = 1
