@@ -2,8 +2,8 @@
 
     python fairness.py table data/test.npz plain=plain.npz equal=equal.npz --attribute race
 
-Group means of Dice and IoU give the equity-scaled score (Eq. 7), the fairness of Eq. 1 and what
-Tables 2-5 leave out: intervals, tests, and the gap that equal groups show by chance.
+Group means of Dice and IoU give the equity-scaled score (Eq. 7) and the fairness of Eq. 1. Beside
+them stand intervals, tests, and the gap that equal groups show by chance.
 N images, H W pixels, G groups, B resamples, D features. Group -1, unknown, counts in overall.
 """
 import csv
@@ -74,8 +74,7 @@ def report_rows(draws, group, names, p, ci):
     labels = ["overall", *labels.tolist(), "es", "sd", "worst", "gap", "eq1"]
     counts = [len(group), *sizes.tolist(), len(group)] + [int(sizes.sum())] * 4
     lo, hi = np.quantile(draws[1:], [(1 - ci) / 2, (1 + ci) / 2], axis=0)
-    rows = map(Row, labels, counts, draws[0], lo, hi)
-    return [*rows, Row("p", int(sizes.sum()), p, np.nan, np.nan)]
+    return [*map(Row, labels, counts, draws[0], lo, hi), Row("p", counts[-1], p, np.nan, np.nan)]
 
 def welch_statistic(scores, group):
     """Numerator of Welch's (1951) statistic (...) of scores (..., N): distance of group means."""
@@ -90,8 +89,7 @@ def fair_report(scores, group, names=None, n_boot=2000, seed=0, ci=0.95):
     """List of Row: overall, each group present, es (Eq. 7), sd, worst, gap, eq1 (Eq. 1) and p.
     scores: (N,) in [0, 1]; group: codes (N,); names: of the codes. lo, hi: bootstrap within groups.
     p: permutation test of equal group means. sd and gap of equal groups: see `chance_level`."""
-    known = scores[group >= 0]
-    labels = group[group >= 0]
+    known, labels = scores[group >= 0], group[group >= 0]
     shuffled = np.random.default_rng(seed).permuted(np.tile(known, (n_boot, 1)), axis=1)
     statistics = np.append(welch_statistic(shuffled, labels), welch_statistic(known, labels))
     p = np.mean(statistics >= statistics[-1] - 1e-9)    # never 0 (Phipson & Smyth 2010)
@@ -121,8 +119,7 @@ def frechet_distance(x, y):
     NaN where N or M is at most D, which is too few for a covariance."""
     if min(len(x), len(y)) <= x.shape[1]:
         return np.nan
-    cx = np.cov(x, rowvar=False)
-    cy = np.cov(y, rowvar=False)
+    cx, cy = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
     roots = np.sqrt(np.linalg.eigvals(cx @ cy).real.clip(0))           # rounding may go below 0
     return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cx + cy) - 2 * roots.sum())
 
@@ -175,17 +172,16 @@ def save_csv(path, lines):
         csv.writer(file).writerows(lines)
 
 def save_chart(path, lines, names):
-    """Write HTML: a bar for every method's Dice of each group; lines: as in the CSV file."""
-    bars = {}                                           # of several trainings the last, their mean
+    """Write HTML: bars of Dice by method and group; lines: of the CSV file, the last ones count."""
+    bars = {"": "<h2>Mean Dice by method and group, with 95 % intervals; bars from 0.5 to 1</h2>"}
     for _, method, _, structure, metric, group, _, value, lo, hi in lines:
         if (structure, metric) == ("mean", "dice") and group in names:
             hue = 210 + 360 * names.index(group) // len(names)          # one colour a group
             text = html.escape(f"{method}, {group}: {value:.4f} [{lo:.4f}, {hi:.4f}]")
             style = f"--hue: {hue}; --width: {max(0, 2 * value - 1):.2%}"   # of PAGE, fairdiff.py
             bars[method, group] = f"<div style='{style}'>{text}</div>"
-    title = "<h2>Mean Dice by method and group, with 95 % intervals; bars from 0.5 to 1</h2>"
     with replacing(path) as temporary:
-        temporary.write_text("\n".join([title, *bars.values()]), encoding="utf-8")
+        temporary.write_text("\n".join(bars.values()), encoding="utf-8")
 
 def print_table(title, heads, lines):
     """Print a Markdown table with aligned columns."""
@@ -216,23 +212,27 @@ def table(dataset, predictions: list, out="results.csv", attribute="race"):
         lines = [[method] for method in methods]
         for line in lines:
             for metric in ("dice", "iou"):
-                report = reports[line[0], structure, metric]
-                line += [report[name] for name in ("es", "interval", *names)]
+                own = reports[line[0], structure, metric]
+                line += [own["es"], own["interval"], *map(own.get, names)]
         print_table(f"{structure}, by {attribute}", heads, lines)
-    worst = {method: float(reports[method, "mean", "dice"]["worst"]) for method in methods}
-    lines = []
+    lines, gain = [], {}
     for method in methods:
         own, first = scores[method, "mean", "dice"], scores[methods[0], "mean", "dice"]
         report = reports[method, "mean", "dice"]
         gap = f"{report['gap']} ({chance_level(own, group)[1]:.4f})"
-        rows = {row.name: row for row in compare(own, first, group, names)}
-        difference = "{0.value:+.4f} [{0.lo:+.4f}, {0.hi:+.4f}]".format(rows["worst"])
+        gain[method] = {row.name: row for row in compare(own, first, group, names)}
+        difference = "{0.value:+.4f} [{0.lo:+.4f}, {0.hi:+.4f}]".format(gain[method]["worst"])
         lines.append([method, report["interval"], report["worst"], gap, difference])
     heads = ["trained on", "all patients", "worst", "gap (by chance)", f"worst - {methods[0]}"]
     print_table(f"mean Dice of {len(group)} images, by {attribute}, [95 %]", heads, lines)
-    if {"plain", "equal", "oracle"} <= set(methods) and worst["oracle"] > worst["plain"]:
-        share = (worst["equal"] - worst["plain"]) / (worst["oracle"] - worst["plain"])
-        print(f"\nEqual Scale closes {share:.0%} of the distance to the oracle in the worst group.")
+    if methods[0] == "plain" and "twice" in gain:
+        print(f"\nTwice the steps change plain's Dice by {gain['twice']['overall'].value:+.4f}.")
+    if methods[0] == "plain" and {"equal", "oracle"} <= gain.keys():
+        equal, oracle = gain["equal"]["worst"], gain["oracle"]["worst"]
+        text = "shows no gain that can be told from chance"
+        if equal.lo > 0 and oracle.lo > 0:
+            text = f"closes {equal.value / oracle.value:.0%} of the distance to the oracle"
+        print(f"\nEqual Scale {text} in the worst group.")
     if truth["name"][0].startswith("phantom-"):
         print("\nPhantom images: a caricature for teaching and testing, no medical evidence.")
 

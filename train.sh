@@ -36,8 +36,9 @@ case $SCALE in
   paper) size=224 train=8000 test=2000 rare="" batch=48 points="2000000 --batch 48 --lr 1e-4 --points 512" base=50000 control=100000 seg=50000 masks="32 --points 512" images=20 lanes="" network="--base --optimizer sgd" ;;
   *) die "SCALE=$SCALE: expected smoke, cpu, gpu or paper" ;;
 esac
-[ -z "$lanes" ] || METHODS=${METHODS:-plain oversample equal oracle}
+[ -z "$lanes" ] || METHODS=${METHODS:-plain twice oversample equal oracle}
 METHODS=${METHODS:-all} METHODS=${METHODS/all/$all} RARE=${RARE:-$rare}
+[[ " $METHODS " == *" oversample "* ]] || METHODS="$METHODS oversample"         # its network judges the images
 n='(0|[1-9][0-9]*)' numbers="^$n;$n( +$n)*;[1-9][0-9]*;([1-9][0-9]*)?$"
 [[ "$SEED;$SEEDS;$GPUS;$RARE" =~ $numbers ]] || die "SEED=$SEED SEEDS=$SEEDS GPUS=$GPUS RARE=$RARE: expected numbers, the last two above 0"
 for row in $METHODS; do [[ " $all twice " == *" $row "* ]] || die "METHODS=$METHODS: expected some of: all $all twice"; done
@@ -49,7 +50,6 @@ published='import numpy, sys; numpy.load(sys.argv[1])["conv_root/kernel"]'
 absolute() { for file in "$@"; do [[ -z $file || $file == /* ]] || file=$PWD/$file; echo "$file"; done; }
 DATA=$(absolute "$DATA") WEIGHTS=$(absolute "$WEIGHTS") SPLIT=$(absolute $SPLIT)
 [ -z "$DATA" ] || METHODS=${METHODS/oracle/} files=$(find -L "$DATA" -type f -exec wc -c {} + | sort | cksum)
-[ -n "${METHODS// }" ] || die "METHODS=oracle: expected another row, only the phantom has an oracle"
 mkdir -p "$OUT/log" && cd "$OUT"                        # all paths are relative to it, so that it may be moved
 # stage NAME FILE COMMAND ARGS...: run one command, keep what it prints, skip it the next time
 stage() {
@@ -108,31 +108,30 @@ row() {
   case $1 in
     no-points | oracle) set=$1.npz flags="" ;; equal) set=mixed.npz flags="" ;; balanced) set=mixed.npz ;;
     twice) flags="" steps=$((2 * seg)) ;;               # plain, to see whether training was long enough
-    judge) flags="--method oversample --width 24" ;;
   esac
   stage $1-$2 transunet.py train $set $flags $network "${groups[@]}" --steps $steps $fit --seed $2 ${WEIGHTS:+--weights "$WEIGHTS"} --out $1-$2.pt
-  [ $1 = judge ] || stage predict-$1-$2 transunet.py predict $1-$2.pt $test_set --out pred/$1-$2.npz
+  stage predict-$1-$2 transunet.py predict $1-$2.pt $test_set --out pred/$1-$2.npz
 }
 rows() { for row in $METHODS; do for n in $SEEDS; do [[ " $1 " != *" $row "* ]] || beside row $row $n; done; done; }
 beside train_images
 beside each train_points
-beside row judge 1000                                   # a TransUNet that only scores images, for Table 1
+rows oversample
 generators=$pids
-rows "plain twice oversample"
+rows "plain twice"
 join $generators
 beside each generate; generate_pid=$!
-rows "groupdro adv fairseg oracle"
-beside each generate_over_real; over_real_pid=$!
+beside each generate_over_real
+beside stage base-alone controlnet.py sample base.pt $real --n 100 $sampler --out base-alone.npz
+images=$pids
 join $generate_pid
 # 5. Equal Scale (Section 2.4, Eq. 6), and the same over the masks of training images: without the point model
 stage mix fairdiff.py mix $real synthetic-*.npz "${groups[@]}" $seed --out mixed.npz
-rows "equal balanced"
-beside stage base-alone controlnet.py sample base.pt $real --n 100 $sampler --out base-alone.npz
-join $over_real_pid $!
+rows "equal balanced groupdro adv fairseg oracle"
+join $images
 [[ $METHODS != *no-points* ]] || stage mix-no-points fairdiff.py mix $real real-masks-*.npz "${groups[@]}" $seed --out no-points.npz
 rows no-points
 # 6. Evaluation: images (Table 1), segmentation (Tables 2-5), one page with everything
-beside stage score-images controlnet.py evaluate judge-1000.pt $real $test_set base-alone.npz real-masks-*.npz synthetic-*.npz "${groups[@]}" --out table1.csv
+beside stage score-images controlnet.py evaluate oversample-${SEEDS%% *}.pt $real $test_set base-alone.npz real-masks-*.npz synthetic-*.npz "${groups[@]}" --out table1.csv
 join $pids
 predictions=$(for row in $METHODS; do for n in $SEEDS; do echo "$row:$n=pred/$row-$n.npz"; done; done)
 "$python" "$here/fairness.py" table $test_set $predictions "${groups[@]}" --out results.csv > log/table.txt

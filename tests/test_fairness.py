@@ -148,6 +148,17 @@ def test_table_holds_what_fair_report_says(here, phantom, capsys, metric, struct
             assert all(f"{row.value:.4f}" in printed for row in want[:5])
     assert len(found) == 4 * 3 * 2 * len(want) and "no medical evidence" in printed
 
+def test_the_table_says_what_equal_scale_gains(here, phantom, capsys):
+    """Of predictions 0, 2 and 4 pixels off: how far the middle one goes; that nothing is gained where it is as bad."""
+    for dx in (0, 2, 4):
+        fairdiff.save_set(f"{dx}.npz", phantom | {"mask": np.roll(phantom["mask"], dx, 2)})
+    for equal in (2, 4):
+        assert run(fairness, "table", "set.npz", "plain=4.npz", "twice=2.npz", f"equal={equal}.npz", "oracle=0.npz") == 0
+    printed = capsys.readouterr().out
+    plain, middle = (float(printed.split(f"| {name} ")[-1].split("|")[2]) for name in ("plain", "twice"))
+    assert f"closes {(middle - plain) / (1 - plain):.0%} of the distance" in printed
+    assert "no gain" in printed[printed.rindex("Twice the steps"):] and f"Dice by {0:+.4f}" not in printed
+
 def test_predictions_of_other_images_are_refused(here, phantom, refused):
     """Exit code 2 and one line that names the file."""
     for data in (fairdiff.subset(phantom, slice(59)), phantom | {"name": phantom["name"][::-1]}):

@@ -43,7 +43,7 @@ def test_the_table_has_all_rows(here, phantom):
         fairdiff.save_set(f"{name}.npz", phantom)
     pathlib.Path("log").mkdir()
     pathlib.Path("log/seconds.txt").write_text("     2 s  base\n     3 s  control-all\n")
-    assert run(transunet, "train", "set.npz", "--steps", 2, "--width", 8, "--out", "judge-1000.pt") == 0
+    assert run(transunet, "train", "set.npz", "--steps", 2, "--width", 8, "--out", "oversample-0.pt") == 0
     table1.main(".", "t", steps=3, csv="t.csv", seeds=[])
     rows = [row["images"] for row in csv.DictReader(pathlib.Path("t.csv").read_text().splitlines())]
     assert rows == ["real", "base", "pix2pixHD", "SPADE", "OASIS", "without points", "with points"]

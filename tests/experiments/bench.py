@@ -54,9 +54,6 @@ def bench(base=False):
             optimizer.step()
         row(name, items, step)
     masks = fairdiff.make_phantom(batch, size, 0)["mask"]
-    clouds = [pointdiff.mask_to_points(mask) for mask in masks]
-    row(f"masks to points, {size} px", batch, lambda: [pointdiff.mask_to_points(mask) for mask in masks])
-    row(f"points to masks, {size} px", batch, lambda: [pointdiff.points_to_mask(c, size, 16) for c in clouds])
     ddpm, group = pointdiff.DDPM(), torch.zeros(16, dtype=torch.long, device=device)
     x, t = torch.randn(16, 192, 3, device=device), 60 * torch.arange(16, device=device)
     training("PointNet, step of 16 x 192 points", 16, pointdiff.PointNet(3),

@@ -69,7 +69,7 @@ def cell(out, rare, seed):
     for name in ("rendered", "painted"):
         run(out, f"mix {name}", "fairdiff.py", "mix", "data/train.npz", f"{name}-all.npz", "--seed", str(seed),
             "--out", f"{name}.npz")
-    run(out, "judge", "controlnet.py", "evaluate", "judge-1000.pt", "data/train.npz", "data/test.npz",
+    run(out, "judge", "controlnet.py", "evaluate", f"oversample-{seed}.pt", "data/train.npz", "data/test.npz",
         "rendered-all.npz", "synthetic-all.npz", "--out", "judge.csv")
     with concurrent.futures.ThreadPoolExecutor(2) as pool:              # one training a core
         list(pool.map(lambda name: train(out, str(seed), name), MORE))

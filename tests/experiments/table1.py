@@ -183,14 +183,17 @@ def train(method, setting, data, code, groups, seconds=1e9, steps=1e9, batch=8):
     d = Segmenter(width, groups) if method == "OASIS" else PatchGAN(k, width)
     ema = AveragedModel(g, multi_avg_fn=get_ema_multi_avg_fn(0.995), use_buffers=True)
     optimizers = [torch.optim.Adam(net.parameters(), rate, (0.0, 0.99)) for net in (d, g)]
-    image, mask = torch.as_tensor(data["image"])[:, None], torch.as_tensor(data["mask"])
+    pairs = np.stack([data["image"], data["mask"]], 1)
+    h, w = pairs.shape[2:]
+    margin = h // 16                                                    # shifted and flipped, as in controlnet.py
+    pairs = torch.as_tensor(np.pad(pairs, [(0, 0), (0, 0), (margin, margin), (margin, margin)], "reflect"))
     odds = transunet.draw_weights(code, "oversample")                   # groups equally often, as in controlnet.py
     code, start, step = torch.as_tensor(code), time.process_time(), 0
     while step < steps and (spent := (time.process_time() - start) / seconds) < 1:
         index = torch.multinomial(odds, batch, replacement=True)
-        real, m = image[index].float() / 127.5 - 1, mask[index].long()
-        if torch.rand(()) < 0.5:                                        # left and right eyes
-            real, m = real.flip(-1), m.flip(-1)
+        top, left = torch.randint(2 * margin + 1, (2,)).tolist()
+        pair = pairs[index, :, top:top + h, left:left + w].flip([axis for axis in (2, 3) if torch.rand(()) < 0.5])
+        real, m = pair[:, :1].float() / 127.5 - 1, pair[:, 1].long()
         c = condition(m, code[index], groups)
         with fairdiff.autocast(c.device):
             fake = g(c)
@@ -245,7 +248,7 @@ def main(run="out", out="table1", trials=False, steps=10 ** 9, seeds: list = ("0
             ema = train(label.split()[0], setting, data, code, len(names), seconds, steps)
             fairdiff.save_set(sets[label], masks | {"image": generate(ema, masks["mask"], mask_code, len(names))})
     sets |= {"without points": run / "real-masks-all.npz", "with points": run / "synthetic-all.npz"}
-    controlnet.evaluate(run / "judge-1000.pt", run / "data/train.npz", test, [f"{k}={v}" for k, v in sets.items()], csv)
+    controlnet.evaluate(run / "oversample-0.pt", run / "data/train.npz", test, [f"{k}={v}" for k, v in sets.items()], csv)
     if not trials:
         rows = np.concatenate([np.flatnonzero(mask_code == g)[:4] for g in range(len(names))])
         columns = [fairdiff.load_set(sets[label])["image"][rows] for label in (*SETTINGS, "with points")]
