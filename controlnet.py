@@ -288,7 +288,7 @@ def table_1(parts, training, n):
 def evaluate(judge, train, test, sets: list, out="table1.csv", attribute="race", n=100,
              device="auto"):
     """Print a judge's Dice on images against their masks, and Table 1 on its features, also as CSV.
-    judge: a TransUNet trained for this alone, on real images; sets: NAME=FILE, or NAME-PART.npz,
+    judge: a TransUNet trained on real images; sets: NAME=FILE, or NAME-PART.npz,
     where files of one NAME are joined; n: images a group at most."""
     device, _ = setup(device)
     judge = load_segmenter(judge, device)
@@ -300,12 +300,13 @@ def evaluate(judge, train, test, sets: list, out="table1.csv", attribute="race",
         label, path = item.split("=", 1) if "=" in item else ("", item)
         stem = pathlib.Path(path).stem
         label = label or stem.rpartition("-")[0] or stem
+        if label == "real" and results:
+            raise InputError(f"{item}: `real` is the test set; expected another name, as NAME=FILE")
         data = load_set(path)
         code, _ = group_codes(data, attribute, names)
         pred, features = judge_images(judge, data["image"], device)
         scores = np.mean([dice(pred, data["mask"], k) for k in classes], 0)     # (N,)
         results.setdefault(label, []).append((code, scores, features))
-    save_group_grid(f"{out}.png", data | {"mask": pred}, attribute)        # of the last file
     agreement, parts = [], {}
     for label, files in results.items():
         code, scores, features = map(np.concatenate, zip(*files, strict=True))
@@ -315,6 +316,7 @@ def evaluate(judge, train, test, sets: list, out="table1.csv", attribute="race",
     _, training = judge_images(judge, train["image"], device)
     heads, *lines = table_1(parts, training, n)
     save_csv(out, [heads, *lines])
+    save_group_grid(f"{out}.png", data | {"mask": pred}, attribute)        # of the last file
     print_table("the judge's Dice on images against their masks", ["images", *names], agreement)
     if lines:
         print_table("Table 1, on features of the judge", heads, lines)

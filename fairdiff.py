@@ -17,6 +17,7 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
 import typing
 import zlib
 
@@ -60,8 +61,7 @@ def group_codes(data, attribute, names=None):
     """The group of every image, codes int (N,), -1 unknown, and the names that they stand for.
     names: sorted, or those given. InputError: no such column, or nobody's group is known."""
     if attribute not in group_columns(data) or not any(data[attribute]):
-        raise InputError(f"no group is known in column {attribute!r}; expected --attribute "
-                         f"{' or '.join(group_columns(data)) or 'of a text column'}")
+        raise InputError(f"no group in {attribute!r}; --attribute is one of {group_columns(data)}")
     names = list(names or sorted(set(data[attribute].tolist()) - {""}))
     code = {name: i for i, name in enumerate(names)}
     return np.array([code.get(name, -1) for name in data[attribute].tolist()], int), names
@@ -90,8 +90,7 @@ def check_set(data, where):
 def load_set(path):
     """Read a dataset file and check it, once and for all. InputError: missing or malformed."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            data = {key: file[key] for key in file.files}
+        data = dict(np.load(path, allow_pickle=False))
     except Exception as error:                          # zip and numpy raise a dozen types
         raise InputError(f"{path}: {error}; expected a dataset .npz of plain arrays") from None
     return check_set(data, path)
@@ -120,12 +119,10 @@ def replacing(path):
     """A temporary path that takes the place of `path` if the block succeeds, else vanishes."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")      # the same file system
-    try:
+    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:    # same file system
+        temporary = pathlib.Path(folder, path.name)
         yield temporary
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 # ---- The phantom: fundus-like images of three races that differ in anatomy and appearance ----
 MARGINALS = {                       # about as in Harvard-FairSeg; the missing share is unknown
@@ -186,33 +183,30 @@ def draw_vessels(rng, size, centre, radius):
         ImageDraw.Draw(canvas).line((path * fine).ravel().tolist(), fill=255, width=width)
     return np.asarray(canvas.resize((size, size), Image.Resampling.BOX), np.float32) / 255
 
-def phantom_image(rng, mask, traits):
-    """A grey image uint8 (S, S) like that of a scanning laser ophthalmoscope, for one mask."""
-    size = len(mask)
-    disc = (mask > 0).astype(np.float32)
-    centre = (np.array(ndimage.center_of_mass(disc + 1e-6))[::-1] + 0.5) / size
-    vessels = draw_vessels(rng, size, centre, np.sqrt(disc.mean() / np.pi))
-    disc = ndimage.gaussian_filter(disc, 0.013 * size)
-    cup = ndimage.gaussian_filter((mask == 2).astype(np.float32), 0.015 * size)
-    texture = ndimage.zoom(rng.standard_normal((8, 8)), size / 8)
-    image = traits["fundus"] + rng.normal(0, 0.035) + 0.03 * texture
-    image += (0.18 + rng.normal(0, 0.025)) * disc
-    image += (traits["cup"] + rng.normal(0, 0.03)) * cup
-    image *= 1 - traits["vessel"] * vessels * (1 - 0.35 * cup)          # fainter inside the cup
-    c = np.linspace(-1, 1, size)
-    x, y = rng.normal(0, 0.25, 2)                                       # the light is not centred
-    image *= 1.06 - 0.17 * ((c[None] - x) ** 2 + (c[:, None] - y) ** 2)
-    speckle = ndimage.gaussian_filter(rng.standard_normal((size, size)), 0.5)
-    image = np.clip(image, 0.02, 1) * (1 + 0.13 * speckle)              # it scales with the light
-    return np.clip(255 * image, 0, 255).astype(np.uint8)
-
 def render_phantom(mask, race, seed, shift=1.0):
-    """The phantom's images uint8 (N, S, S) over masks (N, S, S) of patients of a race, text (N,).
+    """Grey images uint8 (N, S, S), as of a laser ophthalmoscope, of masks (N, S, S), races (N,).
     Image i depends on (seed, i), its mask and its race alone. shift 0: all races look alike."""
     images = np.empty(mask.shape, np.uint8)
+    size = mask.shape[1]
     for i in range(len(mask)):
         rng = np.random.default_rng((seed, 1, i))
-        images[i] = phantom_image(rng, mask[i], phantom_traits(race[i], shift))
+        traits = phantom_traits(race[i], shift)
+        disc = (mask[i] > 0).astype(np.float32)
+        centre = (np.array(ndimage.center_of_mass(disc + 1e-6))[::-1] + 0.5) / size
+        vessels = draw_vessels(rng, size, centre, np.sqrt(disc.mean() / np.pi))
+        disc = ndimage.gaussian_filter(disc, 0.013 * size)
+        cup = ndimage.gaussian_filter((mask[i] == 2).astype(np.float32), 0.015 * size)
+        texture = ndimage.zoom(rng.standard_normal((8, 8)), size / 8)
+        image = traits["fundus"] + rng.normal(0, 0.035) + 0.03 * texture
+        image += (0.18 + rng.normal(0, 0.025)) * disc
+        image += (traits["cup"] + rng.normal(0, 0.03)) * cup
+        image *= 1 - traits["vessel"] * vessels * (1 - 0.35 * cup)      # fainter inside the cup
+        c = np.linspace(-1, 1, size)
+        x, y = rng.normal(0, 0.25, 2)                                   # the light is not centred
+        image *= 1.06 - 0.17 * ((c[None] - x) ** 2 + (c[:, None] - y) ** 2)
+        speckle = ndimage.gaussian_filter(rng.standard_normal((size, size)), 0.5)
+        image = np.clip(image, 0.02, 1) * (1 + 0.13 * speckle)          # it scales with the light
+        images[i] = np.clip(255 * image, 0, 255)
     return images
 
 def make_phantom(n, size, seed, shift=1.0, balance=None, rare=None):
@@ -271,14 +265,13 @@ def import_all(names, read, labels, size, crop, skip_bad):
             if mask.shape != image.shape or not np.isin(mask, labels).all():
                 raise ValueError(f"image {image.shape}, mask {mask.shape} of {np.unique(mask)[:6]};"
                                  f" expected one shape and labels {labels}")
+            mask = np.select([mask == value for value in labels], range(len(labels)))
+            image, mask = crop_and_resize(image, mask.astype(np.uint8), crop, size)
+            rows.append(groups | {"image": image, "mask": mask})
         except Exception as error:                      # damaged files raise a dozen types
             if not skip_bad:
                 raise InputError(f"{name}: {error!r}; mend it, or use --skip-bad") from None
             print(f"left out {name}: {error!r}")
-            continue
-        mask = np.select([mask == value for value in labels], range(len(labels)))
-        image, mask = crop_and_resize(image, mask.astype(np.uint8), crop, size)
-        rows.append(groups | {"image": image, "mask": mask})
     if not rows:
         raise InputError(f"none of {len(names)} files can be used")
     return {key: np.array([row[key] for row in rows]) for key in rows[0]}
@@ -301,8 +294,7 @@ def save_parts(out, attribute, **parts):
         hole = np.array([(ndimage.binary_fill_holes(m == 2) & (m == 0)).any() for m in mask])
         odd = {"have no disc, perhaps by the crop": ~mask.any((1, 2)),
                "have a disc that the border cuts": edge.any(1),
-               "have a cup at the border or around background: check --labels":
-                   (edge == 2).any(1) | hole,
+               "have a cup with a hole or at the border: check --labels": (edge == 2).any(1) | hole,
                "are constant": np.ptp(data["image"], axis=(1, 2)) == 0}
         for text, found in odd.items():
             if found.any():
@@ -347,11 +339,9 @@ def fairseg(folder, out="data", size=64, crop: number_or("disc") = 512, split: l
         text = pathlib.Path(path).read_text(encoding="utf-8-sig")
         listed |= dict.fromkeys(map(int, re.findall(r"(\d+)(?:\.npz)?\s*$", text, re.M)), part)
     if not paths or len(lists) not in (0, 2):
-        raise InputError(f"{folder}: {len(paths)} .npz files, lists {lists}; expected some files, "
-                         "and both train.txt and test.txt, or neither")
+        raise InputError(f"{folder}: {len(paths)} .npz, {lists}; expected files, 2 lists or none")
     def read(path):
-        with np.load(path, allow_pickle=False) as file:
-            found = dict(file)
+        found = dict(np.load(path, allow_pickle=False))
         image = [to_grey(found[key]) for key in FAIRSEG_IMAGE if key in found]
         mask = [abs(np.squeeze(found[key])) for key in FAIRSEG_MASK if key in found]
         if not image or not mask:
@@ -481,15 +471,17 @@ class Run:
     def steps(self):
         """Yield the steps that are left, each with its own seed; save on the way and at the end."""
         total = self.config["steps"]
-        bar = tqdm(range(self.step, total), self.config["kind"], total, initial=self.step,
-                   disable=self.rank > 0 or None)
-        for step in bar:
+        for step in tqdm(range(self.step, total), self.config["kind"], total, initial=self.step,
+                         disable=self.rank > 0 or None):
             numbers = np.random.SeedSequence((self.config["seed"], step, self.rank))
             torch.manual_seed(int(numbers.generate_state(1)[0]))
             yield step
             self.step = step + 1
-            if self.step % SAVE_EVERY == 0 or self.step == total:
-                self.save()
+            if self.rank == 0 and (self.step % SAVE_EVERY == 0 or self.step == total):
+                with replacing(self.path) as temporary:
+                    torch.save({"config": self.config, "step": self.step, "losses": self.losses,
+                                "model": self.net.state_dict(), "ema": self.ema.state_dict(),
+                                "optimizer": self.optimizer.state_dict()}, temporary)
         print(f"loss {np.mean(self.losses[-5:], 0)[1]:.4f} after {total} steps")
 
     def update(self, loss):
@@ -504,14 +496,6 @@ class Run:
             if not all(value.isfinite().all() for value in (loss, *weights.values())):
                 raise FloatingPointError(f"loss {loss} at step {self.step + 1}; try a lower --lr")
 
-    def save(self):
-        """Write the checkpoint, whole or not at all."""
-        if self.rank == 0:
-            with replacing(self.path) as temporary:
-                torch.save({"config": self.config, "step": self.step, "losses": self.losses,
-                            "model": self.net.state_dict(), "ema": self.ema.state_dict(),
-                            "optimizer": self.optimizer.state_dict()}, temporary)
-
 def load_checkpoint(path, kinds=()):
     """Read a checkpoint without running pickled code; with kinds, a finished one of these."""
     try:
@@ -525,14 +509,6 @@ def load_checkpoint(path, kinds=()):
     return state
 
 # ---- Pictures and report ------------------------------------------------------------------------
-def overlay(image, mask):
-    """RGB uint8 (H, W, 3): a grey image (H, W) with outlines of its disc, blue, and cup, orange."""
-    rgb = np.repeat(image[..., None], 3, 2)
-    for label, colour in ((1, (80, 170, 255)), (2, (255, 190, 60))):
-        region = mask >= label
-        rgb[region & ~ndimage.binary_erosion(region)] = colour
-    return rgb
-
 def save_grid(path, rows, labels):
     """Write a PNG with one labelled row of pictures, uint8 (H, W) or (H, W, 3), per entry."""
     zoom = max(1, 128 // len(rows[0][0]))
@@ -544,15 +520,19 @@ def save_grid(path, rows, labels):
         for j, picture in enumerate(row):
             tile = Image.fromarray(picture).resize((w, h), Image.Resampling.NEAREST)
             grid.paste(tile, (left + j * (w + 2), i * (h + 2)))
-    with replacing(path) as temporary:
-        grid.save(temporary, "PNG")
+    grid.save(path)
 
 def save_group_grid(path, data, attribute):
-    """Write a PNG of eight images of every group, and below each the same with its outlines."""
+    """Write a PNG of eight images a group, each again with outlines of its disc and its cup."""
+    cross = ndimage.generate_binary_structure(2, 1)[None]               # each image on its own
     rows, labels = [], []
     for name in np.unique(data[attribute])[:12]:
         part = subset(data, np.flatnonzero(data[attribute] == name)[:8])
-        rows += [list(part["image"]), list(map(overlay, part["image"], part["mask"]))]
+        outlined = np.repeat(part["image"][..., None], 3, 3)            # RGB (N, H, W, 3)
+        for label, colour in ((1, (80, 170, 255)), (2, (255, 190, 60))):    # blue, orange
+            region = part["mask"] >= label
+            outlined[region & ~ndimage.binary_erosion(region, cross)] = colour
+        rows += [part["image"], outlined]
         labels += [str(name) or "unknown", ""]
     save_grid(path, rows, labels)
 
@@ -560,25 +540,21 @@ PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>FairDiff</titl
 <meta name=viewport content='width=device-width'><style>:root {color-scheme: light dark}
 body {font: 16px/1.5 sans-serif; max-width: 60em; margin: auto; padding: 1em}
 pre {overflow-x: auto; font-size: 13px} img {max-width: 100%} div {margin: 2px; padding: 0 .3em;
-background: linear-gradient(hsl(var(--hue) 50% 50%) 0 0) no-repeat 0 / var(--width) 100%}
-</style><h1>FairDiff</h1>"""
+background: linear-gradient(hsl(var(--hue) 50% 50%) 0 0) no-repeat 0 / var(--width) 100%}</style>"""
 
 def report(out):
     """Write OUT/report.html: the result, then pictures and logs of all stages in their order."""
     out = pathlib.Path(out)
     result = (out / "log/table.txt").read_text(errors="replace").partition("mean Dice")
-    page = [PAGE, f"<pre>{html.escape(''.join(result[1:]))}</pre>",
+    page = [PAGE, f"<h1>FairDiff</h1><pre>{html.escape(''.join(result[1:]))}</pre>",
             (out / "results.csv.html").read_text(encoding="utf-8")]
-    stages = [*out.glob("log/*.txt"), *out.rglob("*.png")]
-    for path in sorted(stages, key=lambda path: path.stat().st_mtime):
+    for path in sorted([*out.glob("log/*.txt"), *out.rglob("*.png")], key=os.path.getmtime):
         name = html.escape(str(path.relative_to(out)))
-        if path.suffix == ".png":
-            page.append(f"<p><img alt='{name}' src='{name}'><br>{name}")
-        else:
-            text = html.escape(path.read_text(errors="replace"))
-            page.append(f"<h2>{name}</h2><pre>{text}</pre>")
-    with replacing(out / "report.html") as temporary:
-        temporary.write_text("\n".join(page), encoding="utf-8")
+        content = f"<img alt='{name}' src='{name}'>"
+        if path.suffix == ".txt":
+            content = f"<pre>{html.escape(path.read_text(errors='replace'))}</pre>"
+        page.append(f"<h2>{name}</h2>{content}")
+    (out / "report.html").write_text("\n".join(page), encoding="utf-8")
 
 # ---- Command line -------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
@@ -611,7 +587,6 @@ def command_line(*functions, argv=None):
     """Run the one of the functions that the command line names, with the settings there.
     Returns the exit code: 0 done, 1 the work failed, 2 bad input, 130 interrupted."""
     sys.stdout.reconfigure(errors="replace")            # for an ASCII terminal
-    sys.stderr.reconfigure(errors="replace")
     parser = Parser()
     commands = parser.add_subparsers(required=True)
     for function in functions:

@@ -52,7 +52,7 @@ def fairness(group_means):
 Row = namedtuple("Row", "name n value lo hi")
 
 def bootstrap(scores, group, n_boot, seed):
-    """Overall (1 + B,), group means (1 + B, G): of the sample, then of resamples within groups."""
+    """Numbers of a report (1 + B, G + 6): of the sample, then of B resamples within groups."""
     rng = np.random.default_rng(seed)                   # the same images for every method
     codes, sizes = np.unique(group, return_counts=True)
     means = np.empty((1 + n_boot, len(codes)))
@@ -60,10 +60,8 @@ def bootstrap(scores, group, n_boot, seed):
         own = scores[group == code]
         means[0, i] = own.mean()
         means[1:, i] = own[rng.integers(len(own), size=(n_boot, len(own)))].mean(1)
-    return means @ sizes / sizes.sum(), means[:, codes >= 0]
-
-def summarise(overall, means):
-    """Numbers of a report (1 + B, G + 6) from overall (1 + B,) and group means (1 + B, G)."""
+    overall = means @ sizes / sizes.sum()
+    means = means[:, codes >= 0]
     rest = [essp(overall, means), group_sd(means), means.min(1), np.ptp(means, 1), fairness(means)]
     return np.column_stack([overall, means, *rest])
 
@@ -89,16 +87,17 @@ def fair_report(scores, group, names=None, n_boot=2000, seed=0, ci=0.95):
     """List of Row: overall, each group present, es (Eq. 7), sd, worst, gap, eq1 (Eq. 1) and p.
     scores: (N,) in [0, 1]; group: codes (N,); names: of the codes. lo, hi: bootstrap within groups.
     p: permutation test of equal group means. sd and gap of equal groups: see `chance_level`."""
-    known, labels = scores[group >= 0], group[group >= 0]
+    known = scores[group >= 0]
+    labels = group[group >= 0]
     shuffled = np.random.default_rng(seed).permuted(np.tile(known, (n_boot, 1)), axis=1)
     statistics = np.append(welch_statistic(shuffled, labels), welch_statistic(known, labels))
     p = np.mean(statistics >= statistics[-1] - 1e-9)    # never 0 (Phipson & Smyth 2010)
-    draws = summarise(*bootstrap(scores, group, n_boot, seed))
+    draws = bootstrap(scores, group, n_boot, seed)
     return report_rows(draws, group, names, p, ci)
 
 def chance_level(scores, group, n_boot=2000, seed=0):
     """Mean SD and mean gap that groups of equal means show, given their sizes and spreads."""
-    _, means = bootstrap(scores, group, n_boot, seed)
+    means = bootstrap(scores, group, n_boot, seed)[:, 1:-5]
     noise = means[1:] - means[0]
     return group_sd(noise).mean(), np.ptp(noise, axis=1).mean()
 
@@ -109,8 +108,7 @@ def compare(scores_a, scores_b, group, names=None, n_boot=2000, seed=0, ci=0.95)
     differences = scores_a - scores_b
     sums = np.append(abs(flips @ differences), abs(differences.sum()))
     p = np.mean(sums >= sums[-1] - 1e-9)
-    draws = summarise(*bootstrap(scores_a, group, n_boot, seed))
-    draws -= summarise(*bootstrap(scores_b, group, n_boot, seed))
+    draws = bootstrap(scores_a, group, n_boot, seed) - bootstrap(scores_b, group, n_boot, seed)
     return report_rows(draws, group, names, p, ci)
 
 # ---- Distances between sets of features ---------------------------------------------------------
@@ -119,7 +117,8 @@ def frechet_distance(x, y):
     NaN where N or M is at most D, which is too few for a covariance."""
     if min(len(x), len(y)) <= x.shape[1]:
         return np.nan
-    cx, cy = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    cx = np.cov(x, rowvar=False)
+    cy = np.cov(y, rowvar=False)
     roots = np.sqrt(np.linalg.eigvals(cx @ cy).real.clip(0))           # rounding may go below 0
     return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cx + cy) - 2 * roots.sum())
 
@@ -215,7 +214,8 @@ def table(dataset, predictions: list, out="results.csv", attribute="race"):
                 own = reports[line[0], structure, metric]
                 line += [own["es"], own["interval"], *map(own.get, names)]
         print_table(f"{structure}, by {attribute}", heads, lines)
-    lines, gain = [], {}
+    lines = []
+    gain = {}
     for method in methods:
         own, first = scores[method, "mean", "dice"], scores[methods[0], "mean", "dice"]
         report = reports[method, "mean", "dice"]
@@ -228,10 +228,10 @@ def table(dataset, predictions: list, out="results.csv", attribute="race"):
     if methods[0] == "plain" and "twice" in gain:
         print(f"\nTwice the steps change plain's Dice by {gain['twice']['overall'].value:+.4f}.")
     if methods[0] == "plain" and {"equal", "oracle"} <= gain.keys():
-        equal, oracle = gain["equal"]["worst"], gain["oracle"]["worst"]
         text = "shows no gain that can be told from chance"
-        if equal.lo > 0 and oracle.lo > 0:
-            text = f"closes {equal.value / oracle.value:.0%} of the distance to the oracle"
+        if gain["equal"]["worst"].lo > 0 and gain["oracle"]["worst"].lo > 0:
+            share = gain["equal"]["worst"].value / gain["oracle"]["worst"].value
+            text = f"closes {share:.0%} of the distance to the oracle"
         print(f"\nEqual Scale {text} in the worst group.")
     if truth["name"][0].startswith("phantom-"):
         print("\nPhantom images: a caricature for teaching and testing, no medical evidence.")

@@ -59,7 +59,7 @@ def test_training_shifts_image_and_mask_alike(here, monkeypatch):
     assert run(controlnet, "train-base", "set.npz", "--width", 8, "--steps", 9) == 0
     assert {alike for alike, _ in seen} == {True} and len(seen) > 3
 
-def test_from_base_to_evaluation(here, phantom):
+def test_from_base_to_evaluation(here, phantom, refused):
     """Every command on a tiny phantom; a sampled set keeps masks, names and groups, and depends on the seed alone."""
     short = ["--batch", 4, "--steps", 2, "--out"]
     assert run(transunet, "train", "set.npz", "--width", 8, *short, "judge.pt") == 0
@@ -78,6 +78,7 @@ def test_from_base_to_evaluation(here, phantom):
     assert len({images[name].tobytes() for name in "acde"}) == 4
     assert len(np.unique(images["a"], axis=0)) == 60                    # each has noise of its own
     fairdiff.save_set("a=b.npz", phantom)
+    refused(controlnet, "evaluate", "judge.pt", "set.npz", "set.npz", "real=a.npz", words="real=a.npz NAME=FILE")
     assert run(controlnet, "evaluate", "judge.pt", "set.npz", "set.npz", "control=a.npz", "copy=a=b.npz") == 0
     table = csv.DictReader(pathlib.Path("table1.csv").read_text().splitlines())
     memorised = {row["images"]: float(row["memorised"]) for row in table}

@@ -1,8 +1,7 @@
 """Speed of every part, as a table: python tests/experiments/bench.py [--base]
 
-Every row is the work as the project does it: bf16 where the hardware multiplies it, a batch of the scale that runs
-here (cpu, or gpu where CUDA works). Its GFLOP/s, counted by torch, are compared with a matrix product in the same run,
-and its time with the same work in fp32. OMP_NUM_THREADS=1 shows one core, as rows have at SCALE=cpu.
+Every row is the work as the project does it, with the batch of the scale that runs here. Its GFLOP/s, counted by torch,
+are compared with a matrix product, its time with the same work in fp32. OMP_NUM_THREADS=1: one core, as at SCALE=cpu.
 """
 import pathlib
 import sys
@@ -54,18 +53,17 @@ def bench(base=False):
             optimizer.step()
         row(name, items, step)
     masks = fairdiff.make_phantom(batch, size, 0)["mask"]
-    ddpm, group = pointdiff.DDPM(), torch.zeros(16, dtype=torch.long, device=device)
-    x, t = torch.randn(16, 192, 3, device=device), 60 * torch.arange(16, device=device)
+    ddpm, x = pointdiff.DDPM(), torch.randn(16, 192, 3, device=device)
+    group, t = torch.zeros(48, dtype=torch.long, device=device), 20 * torch.arange(48, device=device)
     training("PointNet, step of 16 x 192 points", 16, pointdiff.PointNet(3),
-             lambda net: ddpm.loss(net, x, t, group, net.encode(x)[0]))
+             lambda net: ddpm.loss(net, x, t[:16], group[:16], net.encode(x)[0]))
     net = pointdiff.PointNet(3).to(device)
     row("PointNet, sampling 16 clouds, 32 steps", 16, lambda: fairdiff.autocast(device)(ddpm.sample)(
-        net, (16, 256, 3), group, steps=32, eta=1.0, generator=torch.Generator(device)))
-    image, group = torch.randn(batch, 1, size, size, device=device), group.repeat(3)[:batch]
-    t = t.repeat(3)[:batch]
+        net, (16, 256, 3), group[:16], steps=32, eta=1.0, generator=torch.Generator(device)))
+    image = torch.randn(batch, 1, size, size, device=device)
     mask = torch.as_tensor(masks, device=device).long()
     training(f"ControlNet, step of {batch}, {size} px", batch, controlnet.ControlNet(controlnet.UNet(3)),
-             lambda net: ddpm.loss(net, image, t, group, mask))
+             lambda net: ddpm.loss(net, image, t[:batch], group[:batch], mask))
     net = controlnet.ControlNet(controlnet.UNet(3)).to(device)
     config = {"kind": "control", "mean": 100.0, "std": 40.0}
     row(f"ControlNet, sampling {batch}, 8 steps", batch, lambda: controlnet.sample_images(

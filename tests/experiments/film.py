@@ -1,7 +1,6 @@
 """The README's animation from a finished run: python tests/experiments/film.py [out]
 
-Three groups side by side: noise becomes boundary points, the points a mask, noise over the mask an image. Writes
-assets/method.gif, under 1.5 MB.
+In three groups noise becomes points, these a mask, and noise over it an image; assets/method.gif, under 1.5 MB.
 """
 import pathlib
 import sys
