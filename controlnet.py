@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from fairdiff import (InputError, Run, autocast, command_line, fingerprint, group_codes,
-                      load_checkpoint, load_set, save_group_grid, save_set, setup, subset)
+                      load_checkpoint, load_set, save_grid, save_group_grid, save_set, setup,
+                      subset)
 from fairness import dice, print_table, save_csv, set_distance, structures
 from pointdiff import DDPM, timestep_embedding
 from transunet import draw_weights, load_segmenter, predict_masks
@@ -296,6 +297,7 @@ def evaluate(judge, train, test, sets: list, out="table1.csv", attribute="race",
     _, names = group_codes(train, attribute)
     classes = structures(train["mask"]).values()
     results = {}                                        # by set: codes, Dice, features of each file
+    pictures = {}                                       # real beside generated, by group
     for item in [f"real={test}", *sets]:
         label, path = item.split("=", 1) if "=" in item else ("", item)
         stem = pathlib.Path(path).stem
@@ -307,6 +309,8 @@ def evaluate(judge, train, test, sets: list, out="table1.csv", attribute="race",
         pred, features = judge_images(judge, data["image"], device)
         scores = np.mean([dice(pred, data["mask"], k) for k in classes], 0)     # (N,)
         results.setdefault(label, []).append((code, scores, features))
+        for g in np.unique(code[code >= 0]):
+            pictures[f"{names[g]}: {label}"] = data["image"][code == g][:8]
     agreement, parts = [], {}
     for label, files in results.items():
         code, scores, features = map(np.concatenate, zip(*files, strict=True))
@@ -316,7 +320,8 @@ def evaluate(judge, train, test, sets: list, out="table1.csv", attribute="race",
     _, training = judge_images(judge, train["image"], device)
     heads, *lines = table_1(parts, training, n)
     save_csv(out, [heads, *lines])
-    save_group_grid(f"{out}.png", data | {"mask": pred}, attribute)        # of the last file
+    labels = sorted(pictures, key=lambda label: label.split(":")[0])       # sets in their order
+    save_grid(f"{out}.png", [pictures[label] for label in labels], labels)
     print_table("the judge's Dice on images against their masks", ["images", *names], agreement)
     if lines:
         print_table("Table 1, on features of the judge", heads, lines)
