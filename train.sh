@@ -31,7 +31,8 @@ case $SCALE in
   paper) size=224 train=8000 test=2000 rare="" batch=48 points="2000000 --batch 48 --lr 1e-4 --points 512" base=50000 control=100000 seg=50000 masks="32 --points 512" images=20 lanes="" methods=all network="--base --optimizer sgd" ;;
   *) die "SCALE=$SCALE: expected smoke, cpu, gpu or paper" ;;
 esac
-METHODS=${METHODS:-$methods} METHODS="${METHODS/all/$all} oversample" RARE=${RARE:-$rare}      # its network judges the images
+METHODS=${METHODS:-$methods} METHODS=${METHODS/all/$all} RARE=${RARE:-$rare}
+[[ " $METHODS " == *" oversample "* ]] || METHODS="$METHODS oversample"         # its network judges the images
 n='(0|[1-9][0-9]*)' numbers="^$n;$n( +$n)*;[1-9][0-9]*;([1-9][0-9]*)?$"
 [[ "$SEED;$SEEDS;$GPUS;$RARE" =~ $numbers ]] || die "SEED=$SEED SEEDS=$SEEDS GPUS=$GPUS RARE=$RARE: expected numbers, the last two above 0"
 for row in $METHODS; do [[ " $all twice " == *" $row "* ]] || die "METHODS=$METHODS: expected some of: all $all twice"; done
