@@ -488,9 +488,9 @@ class Run:
         """Move the EMA towards the weights and log the loss; FloatingPointError if not finite."""
         keep = min(self.decay, (1 + self.step) / (10 + self.step))      # at first shorter
         weights = self.net.state_dict()
-        for name, average in self.ema.state_dict().items():
-            if average.is_floating_point():
-                average.lerp_(weights[name], 1 - keep)
+        averages = [(a, weights[name]) for name, a in self.ema.state_dict().items()
+                    if a.is_floating_point()]
+        torch._foreach_lerp_(*map(list, zip(*averages)), 1 - keep)
         if self.step % 50 == 49 or self.step + 1 == self.config["steps"]:
             self.losses.append([self.step + 1, loss.item()])
             if not all(value.isfinite().all() for value in (loss, *weights.values())):

@@ -1,4 +1,4 @@
-"""Speed of every part, as a table: python tests/experiments/bench.py [--base]
+"""Speed of every part, as a table: python tests/experiments/bench.py [--base] [--compiled]
 
 Every row is the work as the project does it, with the batch of the scale that runs here. Its GFLOP/s, counted by torch,
 are compared with a matrix product, its time with the same work in fp32. OMP_NUM_THREADS=1: one core, as at SCALE=cpu.
@@ -21,19 +21,20 @@ def seconds(work):
     """Median seconds of one call, after warm-ups; it waits for a GPU to end."""
     return Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads()).blocked_autorange().median
 
-def bench(base=False):
-    """Print the table; base: also of the published TransUNet at 224 px, batch 2."""
+def bench(base=False, compiled=False):
+    """Print the table; base: also of the published TransUNet at 224 px; compiled: training by torch.compile."""
     device, _ = fairdiff.setup("auto")
     batch, size = (48, 128) if device.type == "cuda" else (8, 64)
     with fairdiff.autocast(device):
-        a = torch.randn(2048, 2048, device=device)
-        peak = 2 * 2048 ** 3 / seconds(lambda: a @ a) / 1e9
+        n = 8192 if device.type == "cuda" else 2048
+        a = torch.randn(n, n, device=device)
+        peak = 2 * n ** 3 / seconds(lambda: a @ a) / 1e9
     print(f"{device}, {torch.get_num_threads()} threads, matrix product {peak:.0f} GFLOP/s")
     print(f"{'work':<40}{'a second':>10}{'ms':>10}{'of peak':>9}{'x fp32':>9}")
     mixed = fairdiff.autocast
     def row(name, items, work):
         with FlopCounterMode(display=False) as flops:
-            work()
+            torch.compiler.disable(work)()
         s = seconds(work)
         share = flops.get_total_flops() / s / 1e9 / peak
         for module in (fairdiff, controlnet, transunet):
@@ -44,7 +45,11 @@ def bench(base=False):
         print(f"{name:<40}{items / s:>10.1f}{1000 * s:>10.1f}{share:>9.1%}{speedup:>9.2f}", flush=True)
     def training(name, items, net, loss):
         net = net.to(device)
-        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-3)
+        if compiled:
+            net.compile()
+        learnt = [p for p in net.parameters() if p.requires_grad]
+        muon = isinstance(net, controlnet.ControlNet)
+        optimizer = controlnet.Muon(learnt, {"lr": 1e-3}) if muon else torch.optim.AdamW(learnt, 1e-3)
         def step():
             with fairdiff.autocast(device):
                 value = loss(net)
@@ -75,8 +80,9 @@ def bench(base=False):
     pictures = np.zeros((100, size, size), np.uint8)
     row(f"TransUNet compact, predicting 100, {size} px", 100, lambda: transunet.predict_masks(net, pictures, device))
     if base:
-        image, mask = torch.rand(2, 1, 224, 224, device=device), torch.zeros(2, 224, 224, dtype=torch.long, device=device)
-        training("TransUNet base, step of 2, 224 px", 2, transunet.build(config | {"base": True}, device),
+        n = batch if device.type == "cuda" else 2
+        image, mask = torch.rand(n, 1, 224, 224, device=device), torch.zeros(n, 224, 224, dtype=torch.long, device=device)
+        training(f"TransUNet base, step of {n}, 224 px", n, transunet.build(config | {"base": True}, device),
                  lambda net: transunet.seg_loss(net(image), mask))
 
 if __name__ == "__main__":
