@@ -490,7 +490,7 @@ class Run:
         weights = self.net.state_dict()
         averages = [(a, weights[name]) for name, a in self.ema.state_dict().items()
                     if a.is_floating_point()]
-        torch._foreach_lerp_(*map(list, zip(*averages)), 1 - keep)
+        torch._foreach_lerp_(*map(list, zip(*averages, strict=True)), 1 - keep)
         if self.step % 50 == 49 or self.step + 1 == self.config["steps"]:
             self.losses.append([self.step + 1, loss.item()])
             if not all(value.isfinite().all() for value in (loss, *weights.values())):

@@ -1,4 +1,4 @@
-"""Speed of every part, as a table: python tests/experiments/bench.py [--base] [--compiled]
+"""Speed of every part, as a table: python tests/experiments/bench.py [--compiled]
 
 Every row is the work as the project does it, with the batch of the scale that runs here. Its GFLOP/s, counted by torch,
 are compared with a matrix product, its time with the same work in fp32. OMP_NUM_THREADS=1: one core, as at SCALE=cpu.
@@ -21,14 +21,13 @@ def seconds(work):
     """Median seconds of one call, after warm-ups; it waits for a GPU to end."""
     return Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads()).blocked_autorange().median
 
-def bench(base=False, compiled=False):
-    """Print the table; base: also of the published TransUNet at 224 px; compiled: training by torch.compile."""
+def bench(compiled=False):
+    """Print the table; compiled: of training through torch.compile."""
     device, _ = fairdiff.setup("auto")
     batch, size = (48, 128) if device.type == "cuda" else (8, 64)
     with fairdiff.autocast(device):
-        n = 8192 if device.type == "cuda" else 2048
-        a = torch.randn(n, n, device=device)
-        peak = 2 * n ** 3 / seconds(lambda: a @ a) / 1e9
+        a = torch.randn(4096, 4096, device=device)
+        peak = 2 * 4096 ** 3 / seconds(lambda: a @ a) / 1e9
     print(f"{device}, {torch.get_num_threads()} threads, matrix product {peak:.0f} GFLOP/s")
     print(f"{'work':<40}{'a second':>10}{'ms':>10}{'of peak':>9}{'x fp32':>9}")
     mixed = fairdiff.autocast
@@ -43,13 +42,11 @@ def bench(base=False, compiled=False):
         for module in (fairdiff, controlnet, transunet):
             module.autocast = mixed
         print(f"{name:<40}{items / s:>10.1f}{1000 * s:>10.1f}{share:>9.1%}{speedup:>9.2f}", flush=True)
-    def training(name, items, net, loss):
+    def training(name, items, net, loss, optimizer=lambda p: torch.optim.AdamW(p, 1e-3)):
         net = net.to(device)
         if compiled:
             net.compile()
-        learnt = [p for p in net.parameters() if p.requires_grad]
-        muon = isinstance(net, controlnet.ControlNet)
-        optimizer = controlnet.Muon(learnt, {"lr": 1e-3}) if muon else torch.optim.AdamW(learnt, 1e-3)
+        optimizer = optimizer([p for p in net.parameters() if p.requires_grad])
         def step():
             with fairdiff.autocast(device):
                 value = loss(net)
@@ -68,22 +65,20 @@ def bench(base=False, compiled=False):
     image = torch.randn(batch, 1, size, size, device=device)
     mask = torch.as_tensor(masks, device=device).long()
     training(f"ControlNet, step of {batch}, {size} px", batch, controlnet.ControlNet(controlnet.UNet(3)),
-             lambda net: ddpm.loss(net, image, t[:batch], group[:batch], mask))
+             lambda net: ddpm.loss(net, image, t[:batch], group[:batch], mask), lambda p: controlnet.Muon(p, {"lr": 1e-3}))
     net = controlnet.ControlNet(controlnet.UNet(3)).to(device)
-    config = {"kind": "control", "mean": 100.0, "std": 40.0}
     row(f"ControlNet, sampling {batch}, 8 steps", batch, lambda: controlnet.sample_images(
-        net, config, np.zeros(batch, int), masks, device))
+        net, {"mean": 100.0, "std": 40.0}, np.zeros(batch, int), masks, device))
     config = {"base": False, "width": 16, "groups": ["all"], "method": "plain"}
     training(f"TransUNet compact, step of {batch}, {size} px", batch, transunet.build(config, device),
              lambda net: transunet.seg_loss(net(image), mask))
     net = transunet.build(config, device)
-    pictures = np.zeros((100, size, size), np.uint8)
-    row(f"TransUNet compact, predicting 100, {size} px", 100, lambda: transunet.predict_masks(net, pictures, device))
-    if base:
-        n = batch if device.type == "cuda" else 2
-        image, mask = torch.rand(n, 1, 224, 224, device=device), torch.zeros(n, 224, 224, dtype=torch.long, device=device)
-        training(f"TransUNet base, step of {n}, 224 px", n, transunet.build(config | {"base": True}, device),
-                 lambda net: transunet.seg_loss(net(image), mask))
+    row(f"TransUNet compact, predicting 100, {size} px", 100,
+        lambda: transunet.predict_masks(net, np.zeros((100, size, size), np.uint8), device))
+    n = batch if device.type == "cuda" else 2
+    image, mask = torch.rand(n, 1, 224, 224, device=device), torch.zeros(n, 224, 224, dtype=torch.long, device=device)
+    training(f"TransUNet base, step of {n}, 224 px", n, transunet.build(config | {"base": True}, device),
+             lambda net: transunet.seg_loss(net(image), mask))
 
 if __name__ == "__main__":
     sys.exit(fairdiff.command_line(bench, argv=["bench", *sys.argv[1:]]))

@@ -17,12 +17,6 @@ import pointdiff  # noqa: E402
 
 SIDE = 192                              # pixels of a picture in the film
 
-def record(net):
-    """A list that will hold every noisy input of a denoiser."""
-    inputs = []
-    net.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0][0].numpy()))
-    return inputs
-
 def draw_points(points):
     """A cloud (N, 3) on white: disc blue, cup orange."""
     picture = Image.new("RGB", (SIDE, SIDE), "white")
@@ -42,15 +36,18 @@ def pictures_of_group(out, g):
     config, generator, group = state["config"], torch.Generator().manual_seed(g), torch.tensor([g])
     net, ddpm = pointdiff.build(config)
     net.load_state_dict(state["ema"])
-    inputs, z = record(net), net.sample_prior(group, generator)
+    inputs = []                                                         # every noisy input of a denoiser
+    net.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0][0].numpy()))
+    z = net.sample_prior(group, generator)
     x = ddpm.sample(net, (1, 256, 3), group, z, steps=32, eta=1.0, generator=generator)
     clouds = [cloud * config["std"] + config["mean"] for cloud in (*inputs, x[0].numpy())]
     mask = pointdiff.points_to_mask(clouds[-1], config["size"], pointdiff.SMOOTH)
     net, config = controlnet.load_generator(out / "control-all.pt", "cpu")
-    inputs = record(net)
+    inputs = []
+    net.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0][0].numpy()))
     image = controlnet.sample_images(net, config, np.array([g]), mask[None], torch.device("cpu"), steps=20)
     noisy = [x[0] * config["std"] + config["mean"] for x in inputs]
-    pictures = [*map(draw_points, clouds), *[enlarge(127 * mask)] * 12, *map(enlarge, noisy), *[enlarge(image[0])] * 25]
+    pictures = *map(draw_points, clouds), *[enlarge(127 * mask)] * 12, *map(enlarge, noisy), *[enlarge(image[0])] * 25
     return config["groups"][g], pictures
 
 def main(out):
@@ -63,9 +60,7 @@ def main(out):
             frame.paste(tile, (i * (SIDE + 4), 0))
             ImageDraw.Draw(frame).text((i * (SIDE + 4) + 4, SIDE + 2), names[i], "black", font_size=13)
         film.append(frame.quantize(64))
-    path = root / "assets/method.gif"
-    film[0].save(path, save_all=True, append_images=film[1:], duration=100, loop=0, optimize=True)
-    print(f"{path}: {len(film)} frames, {path.stat().st_size / 1e6:.2f} MB")
+    film[0].save(root / "assets/method.gif", save_all=True, append_images=film[1:], duration=100, loop=0, optimize=True)
 
 if __name__ == "__main__":
     main(pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "out"))

@@ -120,8 +120,7 @@ def summary(table):
                 line.append("{:.0%} ± {:.0%}".format(*interval(share(table, rare, row, name))))
             gain = [table[rare, s, row, "worst"] - table[rare, s, "oversample", "worst"] for s in seeds]
             lines.append([*line, "{:+.4f} ± {:.4f}".format(*interval(gain))])
-        heads = ["trained on", "seeds", "all patients", "worst group", "gap", "share, worst", "share, ES",
-                 "worst - oversample"]
+        heads = "trained on,seeds,all patients,worst group,gap,share in worst,share in ES,worst - oversample".split(",")
         fairness.print_table(f"{rare} rare images, phantom, 95 % intervals over seeds", heads, lines)
 
 def chart(table, path):
