@@ -64,10 +64,8 @@ trap 'exit 2' USR1; trap 'for p in $pids; do kill -- -$p 2> /dev/null || true; d
 # 1. Data; the oracle is topped up with fresh real patients, which only the phantom has
 real=data/train.npz test_set=data/test.npz groups=(--attribute "$ATTRIBUTE") seed="--seed $SEED"
 if [ -z "$DATA" ]; then
-  beside stage data fairdiff.py phantom --size $size --train $train --test $test $seed ${RARE:+--rare $RARE} "${groups[@]}" --out data
-  stage fresh fairdiff.py phantom --size $size --train $train --test 0 $seed --balance "$ATTRIBUTE" "${groups[@]}" --out fresh
-  wait $pids
-  stage oracle fairdiff.py mix $real fresh/train.npz "${groups[@]}" $seed --out oracle.npz
+  stage data fairdiff.py phantom --size $size --train $train --test $test $seed ${RARE:+--rare $RARE} "${groups[@]}" --out data
+  beside stage fresh fairdiff.py phantom --size $size --train $train --test 0 $seed --balance "$ATTRIBUTE" "${groups[@]}" --out fresh
 elif [[ -f $DATA || -f $DATA/train.npz ]]; then
   stage data fairdiff.py split "$DATA" "${groups[@]}" --out data
 else
@@ -107,6 +105,7 @@ wait $generators
 beside each stage synthetic-@ controlnet.py sample control-@.pt masks-@.npz --steps $images $seed --out synthetic-@.npz; synthetic=$!
 beside each stage real-masks-@ controlnet.py sample control-@.pt $real --equal --steps $images $seed --out real-masks-@.npz; real_masks=$!
 beside stage base-alone controlnet.py sample base.pt $real --n 100 --steps $images $seed --out base-alone.npz; drawn=$pids
+[ -n "$DATA" ] || stage oracle fairdiff.py mix $real fresh/train.npz "${groups[@]}" $seed --out oracle.npz
 wait $synthetic
 # 5. Equal Scale (Section 2.4, Eq. 6), and the same over the masks of training images: without the point model
 stage mix fairdiff.py mix $real synthetic-*.npz "${groups[@]}" $seed --out mixed.npz
