@@ -27,7 +27,6 @@ def draw_points(points):
     return picture
 
 def enlarge(array):
-    """A grey array (H, W) as a picture of the film's size."""
     return Image.fromarray(array.clip(0, 255).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.NEAREST)
 
 def pictures_of_group(out, g):
