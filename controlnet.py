@@ -19,9 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from fairdiff import (InputError, Run, autocast, command_line, fingerprint, group_codes,
-                      load_checkpoint, load_set, save_grid, save_group_grid, save_set, setup,
-                      subset)
+from fairdiff import (InputError, Run, autocast, command_line, fingerprint, group_codes, setup,
+                      load_checkpoint, load_set, save_grid, save_group_grid, save_set, subset)
 from fairness import dice, print_table, save_csv, set_distance, structures
 from pointdiff import DDPM, timestep_embedding
 from transunet import draw_weights, load_segmenter, predict_features
@@ -144,16 +143,17 @@ def orthogonal(x):
     return factor @ x                                                   # (n, m)
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonal steps, as long as Adam's (Jordan et al. 2024): half as many do."""
+    """Momentum with orthogonal updates (Jordan et al. 2024); here it needs half of Adam's steps."""
     @torch.no_grad()
     def step(self):
         for p in self.param_groups[0]["params"]:
             momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-            x = p.grad.lerp(momentum.lerp_(p.grad, 0.05), 0.95)
-            if x.ndim > 1:
-                x = orthogonal(x.flatten(1)).reshape(p.shape)
-            rms = x.square().mean().sqrt() + 1e-12
-            p.sub_(0.2 * self.param_groups[0]["lr"] / rms * x)
+            momentum.lerp_(p.grad, 0.05)
+            update = p.grad.lerp(momentum, 0.95)                        # Nesterov's momentum
+            if p.ndim > 1:                                              # a row for each filter
+                update = orthogonal(update.flatten(1)).reshape(p.shape)
+            rms = update.square().mean().sqrt() + 1e-12
+            p.sub_(0.2 * self.param_groups[0]["lr"] / rms * update)     # as long as Adam's
 
 # ---- Training -----------------------------------------------------------------------------------
 def mask_weight(mask):
@@ -167,7 +167,7 @@ def mask_weight(mask):
 def train_base(dataset, out="base.pt", attribute="race", width=32, patch: int = None, steps=200,
                batch=8, lr=4e-3, seed=0, device="auto"):
     """Train the UNet on the images of a dataset.
-    width: channels of level 0; patch: p x p pixels become channels; default: 32 patches a side."""
+    width: channels of level 0; patch: p x p pixels become channels; default: by the size."""
     config = locals() | {"kind": "base", "widths": [width, 2 * width, 3 * width]}
     data = load_set(dataset)
     _, names = group_codes(data, attribute)
@@ -324,8 +324,8 @@ def evaluate(judge, train, test, sets: list, out="table1.csv", attribute="race",
         agreement.append([label, *map("{:.4f}".format, means)])
     _, training = predict_features(judge, train["image"], device)
     distances = table_1(parts, training, n)
-    heads = ["images", *distances.get("real", ())]
     lines = [[label, *map("{:.4g}".format, own.values())] for label, own in distances.items()]
+    heads = ["images", *distances.get("real", ())]
     save_csv(out, [heads, *lines])
     pictures = dict(sorted(pictures.items(), key=lambda item: item[0].split(":")[0]))   # by group
     save_grid(f"{out}.png", list(pictures.values()), list(pictures))

@@ -488,9 +488,9 @@ class Run:
         """Move the EMA towards the weights and log the loss; FloatingPointError if not finite."""
         keep = min(self.decay, (1 + self.step) / (10 + self.step))      # at first shorter
         weights = self.net.state_dict()
-        averages = [(a, weights[name]) for name, a in self.ema.state_dict().items()
-                    if a.is_floating_point()]
-        torch._foreach_lerp_(*map(list, zip(*averages, strict=True)), 1 - keep)
+        averages = {name: a for name, a in self.ema.state_dict().items() if a.is_floating_point()}
+        new = [weights[name] for name in averages]
+        torch._foreach_lerp_(list(averages.values()), new, 1 - keep)    # all in one call
         if self.step % 50 == 49 or self.step + 1 == self.config["steps"]:
             self.losses.append([self.step + 1, loss.item()])
             if not all(value.isfinite().all() for value in (loss, *weights.values())):

@@ -47,7 +47,7 @@ def test_zero_convolutions_learn(lock):
     assert not torch.allclose(net(x, t, g, mask), net(x, t, g, (mask + 1) % 3))
 
 def test_steps_of_muon_are_orthogonal():
-    """All directions of a matrix move about equally far, however unequal they were."""
+    """All directions of a matrix move about equally far, however unequal its gradient is."""
     p = torch.nn.Parameter(torch.zeros(40, 16))
     p.grad = torch.randn(40, 16) * torch.logspace(0, 1, 16)
     controlnet.Muon([p], {"lr": 1.0}).step()
