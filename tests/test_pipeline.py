@@ -28,6 +28,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("folder")
     for path in (*ROOT.glob("*.py"), ROOT / "train.sh"):
         shutil.copy(path, folder)
+    shutil.copytree(ROOT / ".ci", folder / ".ci")
     for name, script in (("bin", f'exec "{sys.executable}" "$@"'), ("idle", "")):
         (folder / name / "out").mkdir(parents=True)
         (folder / name / "python3").write_text(f"#!/bin/sh\n{script}\n")
@@ -81,7 +82,7 @@ def test_the_report_shows_the_numbers(smoke, tmp_path):
         shown += results(smoke[0], metric="dice", structure="mean", group=name)
     assert len(shown) == 5 * 6 and [row for row in shown if f"{float(row['value']):.4f}" not in page] == []
     pictures = re.findall("<img [^>]*src=.([^'\"]+)", page)
-    for name in ("data/train.npz", "base-alone.npz", "masks-all.npz", "synthetic-all.npz", "mixed.npz", "table1.csv"):
+    for name in ("data/train.npz", "base-alone.npz", "masks-all.npz", "synthetic-all.npz", "equal.npz", "table1.csv"):
         assert f"{name}.png" in pictures and (smoke[0] / f"{name}.png").is_file(), name
     assert "no medical evidence" in page
 
@@ -101,7 +102,7 @@ def test_a_killed_run_ends_like_an_unbroken_one(folder, smoke):
     """SIGKILL in a training, then the same command: what is done is kept, and the results are the same."""
     shutil.copytree(smoke[0], folder / "killed")
     for path in list((folder / "killed").rglob("*")):
-        if re.match("synthetic-all|mix|equal-0|predict-equal|table-|results", path.name):      # as if not yet begun
+        if re.match("synthetic-all|equal|predict-equal|table-|results", path.name):      # as if not yet begun
             path.unlink()
     process = start(folder, OUT="killed")
     while not (folder / "killed/log/equal-0.txt").exists() and process.poll() is None:
@@ -113,12 +114,12 @@ def test_a_killed_run_ends_like_an_unbroken_one(folder, smoke):
     process.communicate()
     assert process.returncode == -signal.SIGKILL and not (folder / "killed/equal-0.pt").exists()
     out, _, code = train(folder, OUT="killed")
-    assert code == 0 and "== mix: done" in out and "== equal-0: done" not in out
+    assert code == 0 and "== equal: done" in out and "== equal-0: done" not in out
     assert (folder / "killed/results.csv").read_bytes() == (smoke[0] / "results.csv").read_bytes()
 
-BAD = [{"SEED": "08"}, {"SEED": "0 1"}, {"SEEDS": "1 1"}, {"METHODS": "nonsense"}, {"GPUS": "0"}, {"DATA": "missing"},
+BAD = [{"SEED": "08"}, {"SEED": "0 1"}, {"SEEDS": "1 1"}, {"METHODS": "nonsense"}, {"GPUS": "no"}, {"DATA": "missing"},
        {"WEIGHTS": "missing", "SCALE": "paper"}, {"WEIGHTS": "other.npz", "SCALE": "paper", "DATA": "none"},
-       {"WEIGHTS": "R50+ViT-B_16.npz"}, {"RARE": "0"}, {"SCALE": "huge"}]
+       {"WEIGHTS": "R50+ViT-B_16.npz"}, {"RARE": "-1"}, {"SCALE": "huge"}]
 
 @pytest.mark.parametrize("settings", BAD, ids=str)
 def test_bad_settings_are_refused_before_any_stage(folder, settings):
@@ -174,7 +175,7 @@ def test_fairseg_files_a_failing_stage_and_a_new_file(folder, phantom):
     assert run(fairdiff, "export", folder / "set.npz", folder / "files") == 0
     (folder / "seg/oversample-0.pt").mkdir(parents=True)                # in the way of a checkpoint
     assert train(folder, DATA="files", OUT="seg", METHODS="plain")[2] == 2
-    assert not (folder / "seg/mixed.npz").exists() and not (folder / "seg/log/oversample-0.done").exists()
+    assert not (folder / "seg/equal.npz").exists() and not (folder / "seg/log/oversample-0.done").exists()
     shutil.copy(folder / "files/data_00001.npz", folder / "files/data_00041.npz")
     _, err, code = train(folder, DATA="files", OUT="seg", METHODS="plain")
     assert code == 2 and "data had other settings" in err and err.count("\n") == 1

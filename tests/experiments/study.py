@@ -26,7 +26,7 @@ import fairness  # noqa: E402
 
 # rows that train.sh does not have: training set, further settings of transunet.py train
 MORE = {
-    "equal groupdro": ("mixed.npz", "--method groupdro"),               # does each add to the other?
+    "equal groupdro": ("equal.npz", "--method groupdro"),               # does each add to the other?
     "groupdro loss": ("data/train.npz", "--method groupdro --strength 0"),      # weights q stay equal
     "fairseg loss": ("data/train.npz", "--method fairseg --strength 0"),        # one scale for all
     "generated masks": ("rendered.npz", ""),                            # the phantom draws the images
