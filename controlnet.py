@@ -329,9 +329,9 @@ def evaluate(judge, train, test, sets: list, out="table1.csv", attribute="race",
     save_csv(out, [heads, *lines])
     pictures = dict(sorted(pictures.items(), key=lambda item: item[0].split(":")[0]))   # by group
     save_grid(f"{out}.png", list(pictures.values()), list(pictures))
-    print_table("the judge's Dice on images against their masks", ["images", *names], agreement)
+    print_table("judge's Dice on images (nan: none of the group)", ["images", *names], agreement)
     if lines:
-        print_table("Table 1, on features of the judge", heads, lines)
+        print_table("Table 1, on features of the judge (nan: too few images)", heads, lines)
     else:
         print("no Table 1: expected 4 images of a group in every set, 8 in the test set")
 

@@ -237,7 +237,7 @@ FAIRSEG_GROUPS["maritalstatus"] += ["Not married"] * 3                  # codes 
 def to_grey(array):
     """A picture (H, W) or (H, W, 3 or 4) of numbers as its luminance, uint8 (H, W)."""
     array = np.squeeze(array)
-    white = 65535 if array.max() > 255 else 255
+    white = 65535 if array.dtype == np.uint16 or array.max() > 255 else 255
     white = 1 if array.dtype.kind in "bf" and array.max() <= 1 else white
     array = (array * (255.0 / white)).clip(0, 255).astype(np.uint8)
     return np.asarray(Image.fromarray(array[..., :3]).convert("L")) if array.ndim == 3 else array
@@ -295,10 +295,10 @@ def save_parts(out, attribute, **parts):
         odd = {"have no disc, perhaps by the crop": ~mask.any((1, 2)),
                "have a disc that the border cuts": edge.any(1),
                "have a cup with a hole or at the border: check --labels": (edge == 2).any(1) | hole,
-               "are constant": np.ptp(data["image"], axis=(1, 2)) == 0}
+               "are constant, or nearly": np.ptp(data["image"], axis=(1, 2)) < 16}
         for text, found in odd.items():
-            if found.any():
-                print(f"warning: {found.sum()} images {text}: {', '.join(data['name'][found][:5])}")
+            start = "warning:" if found.any() else " "
+            print(f"{start} {found.sum()} images {text}", *data["name"][found][:5])
 
 def split_set(data, out, attribute, test_share):
     """Write both parts of a set: as its column split says, or a share of every group's patients."""
@@ -377,10 +377,10 @@ def images(images, masks, groups, out="data", size=64, crop: number_or("disc") =
     def read(name):
         stem = name if name in pictures else pathlib.Path(name).stem
         picture, mask = Image.open(pictures[stem]), Image.open(masks[stem])
-        if picture.mode == "P" or channel == "green":
+        if picture.mode == "P" or (channel == "green" and picture.mode[0] != "I"):  # I: 16 bits
             picture = picture.convert("RGB")
         image = np.asarray(picture)
-        image = image[..., 1] if channel == "green" else to_grey(image)
+        image = image[..., 1] if channel == "green" and image.ndim == 3 else to_grey(image)
         mask = mask.convert("L") if mask.mode.startswith("RGB") else mask
         return image, np.asarray(mask), dict(list(table[name].items())[1:]) | {"name": stem}
     print(f"{len(pictures)} pictures, {len(table)} rows in {groups}")
@@ -398,7 +398,7 @@ def split(dataset, out="data", attribute: str = None, test_share=0.2):
 def export(dataset, folder, png=False):
     """Write a dataset as Harvard-FairSeg files, or with --png as pictures for other tools."""
     data, folder = load_set(dataset), pathlib.Path(folder)
-    for name in ("image", "mask") if png else ("",):
+    for name in ("", "image", "mask") if png else ("",):
         (folder / name).mkdir(parents=True)             # OSError if it exists: patients would mix
     for i in range(len(data["name"])):
         patient = subset(data, i)

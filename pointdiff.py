@@ -326,7 +326,7 @@ def sample(checkpoint, out="masks.npz", group: str = None, n: int = None, size: 
         raise InputError(f"no group {group!r}; expected {', '.join(names)}")
     names = [group] if group else names
     n = n or config["n_equal"]
-    masks = []
+    masks, lines = [], []
     for name in names:
         g = config["groups"].index(name)
         generator = torch.Generator(device).manual_seed(1000 * seed + g)
@@ -343,13 +343,14 @@ def sample(checkpoint, out="masks.npz", group: str = None, n: int = None, size: 
             if len(clouds) < 0.2 * drawn:
                 raise InputError(f"{len(clouds)} of {drawn} clouds valid; train for more steps")
         masks += [points_to_mask(cloud, size or config["size"], SMOOTH) for cloud in clouds[:n]]
-        print(f"{name}: {n} masks, {len(clouds) / drawn:.1%} of {drawn} clouds kept")
+        lines.append(f"{name}: {n} masks, {len(clouds) / drawn:.1%} of {drawn} clouds kept")
     mask = np.stack(masks)
     groups = np.repeat(names, n)
     unique = [f"synthetic-{seed}-{name}-{i:05d}" for i, name in enumerate(groups)]
     save_set(out, {"image": np.zeros_like(mask), "mask": mask, config["attribute"]: groups,
                    "name": np.array(unique), "synthetic": np.ones(len(mask), bool)})
     save_grid(f"{out}.png", 127 * mask.reshape(len(names), n, *mask.shape[1:])[:, :8], names)
+    print("\n".join(lines))
 
 # ---- Evaluation ---------------------------------------------------------------------------------
 def outline_features(masks):
@@ -382,7 +383,7 @@ def evaluate(masks, train, test, out="masks.csv", attribute="race"):
                           *map("{:.4g}".format, distance.values())])
     heads = ["group", "masks", "cup/disc", "its SD", *distance]
     save_csv(out, [heads, *lines])
-    print_table("sampled masks beside test masks", heads, lines)
+    print_table("sampled masks beside test masks (nan: too few)", heads, lines)
 
 # ---- Command line -------------------------------------------------------------------------------
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ unset RANK WORLD_SIZE LOCAL_RANK OMP_NUM_THREADS CDPATH # nothing but these sett
 here=$(cd "$(dirname "$0")" && pwd) all="plain oversample groupdro adv fairseg equal balanced no-points oracle"
 . "$here/.ci/python.sh" "$here/.venv" "torch.nn, numpy, scipy.ndimage, PIL.Image, tqdm" "$here/requirements.txt"
 # points, base, control, seg: training steps; masks, images: sampling steps; lanes: jobs side by side, a core each
-lanes=$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN) methods="plain twice oversample equal oracle" models=all network="" pids="" files=""
+lanes=$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN) methods="plain twice oversample equal oracle" models=all network="" files=""
 SCALE=${SCALE:-$("$python" -c 'import torch; print("gpu" if torch.cuda.is_available() else "cpu")')}
 die() { echo "train.sh: $1" >&2; exit 2; }
 case $SCALE in
@@ -21,31 +21,31 @@ case $SCALE in
   paper) size=224 train=8000 test=2000 rare="" batch=48 points="2000000 --batch 48 --lr 1e-4 --points 512" base=50000 control=100000 seg=50000 masks="32 --points 512" images=20 lanes=1 models="" methods=all network="--base --optimizer sgd" ;;
   *) die "SCALE=$SCALE: expected smoke, cpu, gpu or paper" ;;
 esac
-METHODS="${METHODS:-$methods} oversample" METHODS=${METHODS/all/$all} RARE=${RARE:-$rare}      # oversample is the judge
+METHODS=" ${METHODS:-$methods} oversample" METHODS=${METHODS/ all / $all } RARE=${RARE:-$rare}  # oversample is the judge
 for n in "$SEED" $SEEDS "$GPUS" "${RARE:-0}"; do [[ $n =~ ^(0|[1-9][0-9]*)$ ]] || die "$n: expected numbers as SEED, SEEDS, GPUS, RARE"; done
 [ -z "$(printf '%s\n' $SEEDS | sort | uniq -d)" ] || die "SEEDS=$SEEDS: expected each once"
 for row in $METHODS; do [[ " $all twice " == *" $row "* ]] || die "METHODS=$METHODS: expected some of: all $all twice"; done
 for name in DATA SPLIT WEIGHTS; do file=${!name:-}; [[ -z $file || $file == /* ]] || file=$PWD/$file; printf -v $name %s "$file"; done
 [[ -z $WEIGHTS || $SCALE == paper && $("$python" -m zipfile -l "$WEIGHTS" 2>&1) == *conv_root/kernel* ]] || die "WEIGHTS=$WEIGHTS SCALE=$SCALE: expected R50+ViT-B_16.npz and paper"
-[ -z "$DATA" ] || METHODS=${METHODS//oracle/} files=$(find -L "$DATA" -type f -exec wc -c {} + 2> /dev/null | sort | cksum) || die "DATA=$DATA: cannot be read"
+[ -z "$DATA" ] || METHODS=${METHODS//oracle/} files=$(find -L "$DATA" -type f -exec cksum {} + 2> /dev/null | LC_ALL=C sort | cksum) || die "DATA=$DATA: cannot be read"
 mkdir -p "$OUT/log" && cd "$OUT"                        # all paths are relative to it, so that it may be moved
 stage() { # NAME FILE COMMAND ARGS...: run one command, keep what it prints, skip it the next time
-  local name=$1 done=log/$1.done started=$SECONDS launch="" changes; shift
+  local name=$1 done=log/$1.done started=$SECONDS launch="" line=$'\n' settings changes; shift
   [[ $GPUS -le 1 || $2 != train* ]] || launch="-m torch.distributed.run --standalone --nproc_per_node=$GPUS"
-  changes=$(diff <(printf '%s\n' $launch "$@" "files $files") $done 2> /dev/null) && echo "== $name: done" && return
+  settings="$launch $* --checksum of DATA $files" settings=${settings// --/$line--}             # an option a line
+  changes=$(diff <(echo "$settings") $done 2> /dev/null) && echo "== $name: done" && return
   [ ! -f $done ] || die "OUT=$OUT: $name had other settings (now <, then >): $(grep '^[<>]' <<< "$changes" | tr '\n' ' ')- choose another OUT"
   echo "== $name: $*"
   OMP_NUM_THREADS=1 "$python" $launch "$here/$1" "${@:2}" > log/$name.txt
   printf '%6d s  %s\n' $((SECONDS - started)) "$name" | tee -a log/seconds.txt
-  printf '%s\n' $launch "$@" "files $files" > $done
+  echo "$settings" > $done
 }
 beside() { # COMMAND: run it beside the others as soon as a lane is free; should it fail, all ends (bash 3.2 cannot wait for any)
   while [ "$(jobs -rp | wc -l)" -ge $lanes ]; do sleep 0.2; done
-  { trap '[ $? = 0 ] || kill -USR1 $$' EXIT; "$@"; } & pids="$pids $!"
+  { trap '[ $? = 0 ] || kill -USR1 $$' EXIT; "$@"; } &
 }
-trap 'exit 2' USR1; trap 'for p in $pids; do kill -- -$p 2> /dev/null || true; done' EXIT
-# each 'COMMAND': run it for every model; $n is its name, $group the one group that it is for, if any
-each() { while read -r n group <&3; do eval "$1"; done 3<<< "$models"; }
+trap 'exit 2' USR1; trap 'for p in $(jobs -p); do kill -- -$p 2> /dev/null || true; done' EXIT
+each() { while read -r n group <&3; do eval "$1"; done 3<<< "$models"; } # 'COMMAND': for every model; $n: its name, $group: its group, if it has one
 # 1. Data; the oracle is topped up with fresh real patients, which only the phantom has
 real=data/train.npz test_set=data/test.npz groups=(--attribute "$ATTRIBUTE") seed="--seed $SEED"
 data=(split "$DATA")
@@ -62,7 +62,7 @@ points() {
 [ -n "$models" ] || models=$("$python" -c 'import numpy, sys; print(*sorted(set(numpy.load(sys.argv[1])[sys.argv[2]]) - {""}), sep="\n")' $real "$ATTRIBUTE" | cat -n)
 each 'beside points'
 beside stage base controlnet.py train-base $real "${groups[@]}" --steps $base --batch $batch $seed --out base.pt; wait $!
-each 'beside stage control-$n controlnet.py train-control $real base.pt ${group:+--group "$group"} --steps $control --batch $batch $seed --out control-$n.pt'; generators=$pids
+each 'beside stage control-$n controlnet.py train-control $real base.pt ${group:+--group "$group"} --steps $control --batch $batch $seed --out control-$n.pt'; generators=$(jobs -p)
 # 4. TransUNet (Section 3): every row of the tables but twice takes the same number of steps
 row() {
   local set=$real method=$1 steps=$seg

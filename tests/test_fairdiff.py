@@ -143,7 +143,7 @@ def write_images(n, mask=EYE, /, **columns):
     for folder in ("image", "mask"):
         os.makedirs(folder, exist_ok=True)
     for i, name in enumerate(columns["file"]):
-        Image.fromarray(np.uint8(10 + i + (y > 20))).save(f"image/{name}")
+        Image.fromarray(np.uint8(10 + i + 20 * (y > 20))).save(f"image/{name}")
         Image.fromarray(mask).save(f"mask/{name}")
     lines = map(",".join, zip(*columns.values(), strict=True))
     pathlib.Path("groups.csv").write_text("\n".join([",".join(columns), *lines]), encoding="utf-8")
@@ -160,7 +160,8 @@ KINDS = {                               # folder, file, what becomes of it, opti
     "one structure": ("mask", Image.fromarray(np.uint8(255) * (EYE > 0)), EYE > 0, "--labels 0,255"),
     "crop": ("mask", Image.fromarray(CUP), CUP[12:36, 12:36].repeat(2, 0).repeat(2, 1), "--crop 24"),
     "luminance": ("image", COLOUR, 124, ""), "green": ("image", COLOUR, 100, "--channel green"),
-    "palette": ("image", COLOUR.quantize(), 124, ""), "16 bits": ("image", Image.new("I;16", (48, 48), 23130), 90, "")}
+    "palette": ("image", COLOUR.quantize(), 124, ""), "dark": ("image", Image.new("I;16", (48, 48), 200), 1, ""),
+    "16 bits": ("image", Image.new("I;16", (48, 48), 23130), 90, "--channel green")}
 
 @pytest.mark.parametrize("folder, file, expected, options", KINDS.values(), ids=KINDS)
 def test_files_of_every_kind_are_read(here, folder, file, expected, options):
@@ -221,7 +222,7 @@ def test_fairseg_files_come_back_as_they_were(here, phantom, refused):
     fairdiff.save_set("set.npz", few)
     assert run(fairdiff, "export", "set.npz", "files") == 0 and run(fairdiff, "fairseg", "files", "--size", 32) == 0
     assert [key for key in few if not np.array_equal(imported()[key], few[key])] == ["name"]
-    refused(fairdiff, "export", "set.npz", "files", words="files")
+    refused(fairdiff, "export", "set.npz", "files", "--png", words="files")
     assert run(fairdiff, "export", "set.npz", "png", "--png") == 0
     pathlib.Path("t.csv").write_text("\n".join(["file,site", *(f"{i:05d}.png,{i % 2}" for i in range(1, 31))]))
     argv = ["png/image", "png/mask", "t.csv", "--attribute", "site", "--size", 32]

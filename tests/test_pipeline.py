@@ -95,7 +95,7 @@ def test_the_same_command_skips_all_that_is_done(folder, smoke):
         assert code == 0 and len(stages) > 20 and all(line.endswith(": done") for line in stages), err
         assert re.findall(r"(?m)^\|.*", out) == re.findall(r"(?m)^\|.*", smoke[1])
     out, err, code = train(folder, SEED="1")
-    assert code == 2 and re.search(r"data had other settings.*< 1.*> 0", err) and "==" not in out
+    assert code == 2 and re.search(r"data had other settings.*< --seed 1.*> --seed 0", err) and "==" not in out
     assert train(folder, GPUS="2")[2] == 2                              # the trainings were made by one process
 
 def test_a_killed_run_ends_like_an_unbroken_one(folder, smoke):
@@ -116,6 +116,14 @@ def test_a_killed_run_ends_like_an_unbroken_one(folder, smoke):
     out, _, code = train(folder, OUT="killed")
     assert code == 0 and "== equal: done" in out and "== equal-0: done" not in out
     assert (folder / "killed/results.csv").read_bytes() == (smoke[0] / "results.csv").read_bytes()
+
+def test_a_run_that_is_ended_leaves_nothing_behind(folder):
+    """SIGTERM to train.sh alone ends its first stage, too, before it writes."""
+    process = start(folder, OUT="ended")
+    while not (folder / "ended/log/data.txt").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.communicate() and not (folder / "ended/data").exists()       # waits for all that it started
 
 BAD = [{"SEED": "08"}, {"SEED": "0 1"}, {"SEEDS": "1 1"}, {"METHODS": "nonsense"}, {"GPUS": "no"}, {"DATA": "missing"},
        {"WEIGHTS": "missing", "SCALE": "paper"}, {"WEIGHTS": "other.npz", "SCALE": "paper", "DATA": "none"},
@@ -169,20 +177,20 @@ def test_a_small_set_of_ones_own_reaches_its_table(folder):
     assert {"A", "B", "overall"} <= {row["group"] for row in results(folder / "own", structure="structure")}
     assert re.findall(r"(?m)^\| (equal|or\w+|ov\w+) ", out) == ["equal", "oversample"] and "medical" not in out
 
-def test_fairseg_files_a_failing_stage_and_a_new_file(folder, phantom):
-    """A folder of FairSeg files is imported; a training that fails ends the run at once; a new file is noticed."""
+def test_fairseg_files_a_failing_stage_and_a_changed_file(folder, phantom):
+    """A folder of FairSeg files is imported; a training that fails ends the run at once; a changed file is noticed."""
     fairdiff.save_set(folder / "set.npz", fairdiff.subset(phantom, slice(40)))
     assert run(fairdiff, "export", folder / "set.npz", folder / "files") == 0
     (folder / "seg/oversample-0.pt").mkdir(parents=True)                # in the way of a checkpoint
     assert train(folder, DATA="files", OUT="seg", METHODS="plain")[2] == 2
     assert not (folder / "seg/equal.npz").exists() and not (folder / "seg/log/oversample-0.done").exists()
-    shutil.copy(folder / "files/data_00001.npz", folder / "files/data_00041.npz")
+    (folder / "files/data_00001.npz").write_bytes((folder / "files/data_00001.npz").read_bytes()[::-1])
     _, err, code = train(folder, DATA="files", OUT="seg", METHODS="plain")
-    assert code == 2 and "data had other settings" in err and err.count("\n") == 1
+    assert code == 2 and "data had other settings" in err and "checksum of DATA" in err and err.count("\n") == 1
 
 def test_train_sh_runs_on_an_old_bash():
     """Nothing in it is newer than the bash 3.2 of a Mac."""
-    code = re.sub(r"(?m)^#.*", "", (ROOT / "train.sh").read_text(encoding="utf-8"))
+    code = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("train.sh", ".ci/python.sh"))
     assert not re.findall(r"wait -n|mapfile|readarray|declare -A|local -n|\$\{\w+(?:,,?|\^\^?)\}|&>>|\|&", code)
 
 COMMANDS = {fairdiff: "phantom, fairseg a, images a b c, split a, export a b, mix a b, report a",

@@ -109,6 +109,8 @@ def test_sample_writes_a_set_of_masks(here, refused):
         assert run(pointdiff, *argv, "--out", "cut.pt") == 130 and not os.path.exists("cut.pt")     # no prior: not finished
     refused(pointdiff, "sample", "0.001.pt", "--n", 5, "--group", "Nobody", words="Nobody Asian Black White")
     assert not os.path.exists("masks.npz")
+    with mock.patch("builtins.print", side_effect=BrokenPipeError), mock.patch("sys.stdout"):      # a reader that stops
+        assert run(pointdiff, "sample", "0.001.pt", "--n", 5, "--keep-invalid") == 1 and os.path.exists("masks.npz")
     sets, black = [], ["--group", "Black", "--size", 48, "--n", 200]
     for argv in (["0.001.pt", "--n", 5], ["0.001.pt", *black], ["0.1.pt", *black]):
         assert run(pointdiff, "sample", *argv, "--steps", 3, "--keep-invalid") == 0
