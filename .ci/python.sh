@@ -7,5 +7,6 @@ venv=$1 modules=$2 python=python3; shift 2
 if ! imports $python && python=$venv/bin/python && ! imports "$python"; then
   rm -rf "$venv" && python3 -m venv "$venv-$$"
   "$venv-$$/bin/python" -m pip install "${@/#/-r}"
+  # not by mv, which would move it into one that another run has made meanwhile
   python3 -c 'import os, sys; os.rename(*sys.argv[1:])' "$venv-$$" "$venv" 2> /dev/null || rm -rf "$venv-$$"
 fi
