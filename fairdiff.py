@@ -298,7 +298,7 @@ def save_parts(out, attribute, **parts):
                "are constant, or nearly": np.ptp(data["image"], axis=(1, 2)) < 16}
         for text, found in odd.items():
             start = "warning:" if found.any() else " "
-            print(f"{start} {found.sum()} images {text}", *data["name"][found][:5])
+            print(f"{start} {found.sum()} images {text}", *data["name"][found][:5], sep=", ")
 
 def split_set(data, out, attribute, test_share):
     """Write both parts of a set: as its column split says, or a share of every group's patients."""

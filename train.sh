@@ -12,7 +12,7 @@ here=$(cd "$(dirname "$0")" && pwd) all="plain oversample groupdro adv fairseg e
 SCALE=${SCALE:-$("$python" -c 'import torch; print("gpu" if torch.cuda.is_available() else "cpu")')}
 die() { echo "train.sh: $1" >&2; exit 2; }
 lanes=$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN) methods="plain twice oversample equal oracle" models=all network="" files=""
-# points, base, control, seg: training steps; masks, images: sampling steps; lanes: jobs side by side, a core each
+# points, base, control, seg: training steps; masks, images: sampling steps; lanes: jobs side by side; models: all, or of each group
 case $SCALE in
   smoke) size=32 train=96 test=60 rare="" batch=8 points=60 base=10 control=10 seg=10 masks="8 --keep-invalid" images=4 ;;
   cpu) size=64 train=1000 test=2000 rare=30 batch=8 points=2800 base=200 control=2200 seg=1120 masks=32 images=8 ;;
@@ -21,7 +21,7 @@ case $SCALE in
   *) die "SCALE=$SCALE: expected smoke, cpu, gpu or paper" ;;
 esac
 METHODS=" $(echo ${METHODS:-$methods}) oversample" METHODS=${METHODS/ all / $all } SEEDS=$(echo $SEEDS) RARE=${RARE:-$rare}     # oversample: the judge
-for n in "$SEED" ${SEEDS:-none} "$GPUS" "${RARE:-0}"; do [[ $n =~ ^(0|[1-9][0-9]*)$ ]] || die "$n: expected numbers as SEED, SEEDS, GPUS, RARE"; done
+for n in "$SEED" ${SEEDS:-none} "$GPUS" "${RARE:-1}"; do [[ $n =~ ^(0|[1-9][0-9]*)$ && $GPUS != 0 && $RARE != 0 ]] || die "SEED=$SEED SEEDS=$SEEDS GPUS=$GPUS RARE=$RARE: expected numbers, the last two above 0"; done
 [ -z "$(printf '%s\n' $SEEDS | sort | uniq -d)" ] || die "SEEDS=$SEEDS: expected each once"
 for row in $METHODS; do [[ " $all twice " == *" $row "* ]] || die "METHODS=$METHODS: expected some of: all $all twice"; done
 for name in DATA SPLIT WEIGHTS; do file=${!name:-}; [[ -z $file || $file == /* ]] || file=$PWD/$file; printf -v $name %s "$file"; done
@@ -30,7 +30,7 @@ for name in DATA SPLIT WEIGHTS; do file=${!name:-}; [[ -z $file || $file == /* ]
 mkdir -p "$OUT/log"; cd "$OUT"                          # all paths are relative to it, so that it may be moved
 stage() { # NAME FILE COMMAND ARGS...: run one command, keep what it prints, skip it the next time
   local name=$1 done=log/$1.done started=$SECONDS launch="" line=$'\n' settings changes; shift
-  [[ $GPUS -le 1 || $2 != train* ]] || launch="-m torch.distributed.run --standalone --nproc_per_node=$GPUS"
+  [[ $GPUS == 1 || $2 != train* ]] || launch="-m torch.distributed.run --standalone --nproc_per_node=$GPUS"
   settings="$launch $* --checksum of DATA $files" settings=${settings// --/$line--}             # an option a line
   changes=$(diff <(echo "$settings") $done 2> /dev/null) && echo "== $name: done" && return
   [ ! -f $done ] || die "OUT=$OUT: $name had other settings (now <, then >): $(grep '^[<>]' <<< "$changes" | tr '\n' ' ')- choose another OUT"
@@ -44,10 +44,10 @@ beside() { # COMMAND: run it beside the others as soon as a lane is free; should
   { trap '[ $? = 0 ] || kill -USR1 $$' EXIT; "$@"; } &
 }
 trap 'exit 2' USR1; trap 'for p in $(jobs -p); do kill -- -$p 2> /dev/null || true; done' EXIT
-each() { while read -r n group <&3; do eval "$1"; done 3<<< "$models"; } # 'COMMAND': for every model; $n: its name, $group: its group, if it has one
+each() { while read -r n group <&3; do eval "$1"; done 3<<< "$models"; } # 'COMMAND' for every model: $n, its name, and $group, if it is of one
 # 1. Data; the oracle is topped up with fresh real patients, which only the phantom has
 real=data/train.npz test_set=data/test.npz groups=(--attribute "$ATTRIBUTE") seed="--seed $SEED"
-data=(split "$DATA")
+data=(split "$DATA")                                    # a set of one's own
 [[ -f $DATA || -f $DATA/train.npz ]] || data=(fairseg "$DATA" --size $size --crop "$CROP" ${SPLIT:+--split "$SPLIT/train.txt" "$SPLIT/test.txt"} ${SKIP_BAD:+--skip-bad})
 [ -n "$DATA" ] || data=(phantom --size $size --train $train --test $test $seed ${RARE:+--rare $RARE})
 stage data fairdiff.py "${data[@]}" "${groups[@]}" --out data

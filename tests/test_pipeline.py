@@ -125,9 +125,9 @@ def test_a_run_that_is_ended_leaves_nothing_behind(folder):
     process.terminate()
     assert process.communicate() and not (folder / "ended/data").exists()       # waits for all that it started
 
-BAD = [{"SEED": "08"}, {"SEED": "0 1"}, {"SEEDS": "1 1"}, {"METHODS": "nonsense"}, {"GPUS": "no"}, {"DATA": "missing"},
+BAD = [{"SEED": "08"}, {"SEED": "0 1"}, {"SEEDS": "1 1"}, {"METHODS": "nonsense"}, {"GPUS": "0"}, {"DATA": "missing"},
        {"WEIGHTS": "missing", "SCALE": "paper"}, {"WEIGHTS": "other.npz", "SCALE": "paper", "DATA": "none"},
-       {"WEIGHTS": "R50+ViT-B_16.npz"}, {"RARE": "-1"}, {"SCALE": "huge"}]
+       {"WEIGHTS": "R50+ViT-B_16.npz"}, {"RARE": "0"}, {"SCALE": "huge"}]
 
 @pytest.mark.parametrize("settings", BAD, ids=str)
 def test_bad_settings_are_refused_before_any_stage(folder, settings):
