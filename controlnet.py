@@ -22,7 +22,7 @@ from tqdm import tqdm
 from fairdiff import (InputError, Run, autocast, command_line, fingerprint, group_codes, setup,
                       load_checkpoint, load_set, save_grid, save_group_grid, save_set, subset)
 from fairness import dice, print_table, save_csv, set_distance, structures
-from pointdiff import DDPM, timestep_embedding
+from pointdiff import DDPM, Muon, timestep_embedding
 from transunet import draw_weights, load_segmenter, predict_features
 
 # ---- The base: a UNet ---------------------------------------------------------------------------
@@ -127,34 +127,6 @@ class ControlNet(nn.Module):
             skips[i] = skips[i] + self.z2[i](control_skips[i])
         return self.decoder(skips, h + self.z2[-1](control_h), emb)     # Eq. 5
 
-# ---- The optimizer ------------------------------------------------------------------------------
-def orthogonal(x):
-    """About the nearest orthonormal matrix to x (n, m), by Newton-Schulz iterations."""
-    if len(x) > x.shape[1]:
-        return orthogonal(x.T).T
-    x = x / (x.norm() + 1e-7)
-    eye = torch.eye(len(x), device=x.device)
-    factor = eye
-    square = x @ x.T                                                    # (n, n)
-    for _ in range(5):                                                  # numbers as published
-        step = 3.4445 * eye + (2.0315 * square - 4.7750 * eye) @ square
-        factor = step @ factor
-        square = step @ square @ step
-    return factor @ x                                                   # (n, m)
-
-class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonal updates (Jordan et al. 2024); here it needs half of Adam's steps."""
-    @torch.no_grad()
-    def step(self):
-        for p in self.param_groups[0]["params"]:
-            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-            momentum.lerp_(p.grad, 0.05)
-            update = p.grad.lerp(momentum, 0.95)                        # Nesterov's momentum
-            if p.ndim > 1:                                              # a row for each filter
-                update = orthogonal(update.flatten(1)).reshape(p.shape)
-            rms = update.square().mean().sqrt() + 1e-12
-            p.sub_(0.2 * self.param_groups[0]["lr"] / rms * update)     # as long as Adam's
-
 # ---- Training -----------------------------------------------------------------------------------
 def mask_weight(mask):
     """Loss weights (B, 1, H, W), mean 1: the disc counts fivefold, small cups more than large."""
@@ -198,9 +170,9 @@ def fit(net, config, data, out, device):
     device, world = setup(device)
     code, _ = group_codes(data, config["attribute"], config["groups"])
     config["data"] = fingerprint(data["image"], data["mask"], code)
-    steps, ddpm = config["steps"], DDPM()
+    ddpm = DDPM()
     net = net.to(device)
-    optimizer = Muon([p for p in net.parameters() if p.requires_grad], {"lr": config["lr"]})
+    optimizer = Muon([p for p in net.parameters() if p.requires_grad], config["lr"])
     run = Run(out, config, net, optimizer, decay=0.995)
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     pairs = np.stack([data["image"], data["mask"]], 1)
@@ -211,7 +183,7 @@ def fit(net, config, data, out, device):
     group = torch.as_tensor(code, device=device)                        # (N,)
     odds = draw_weights(code, "oversample")
     for step in run.steps():
-        cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)
+        cosine = 0.55 + 0.45 * math.cos(math.pi * step / config["steps"])
         optimizer.param_groups[0]["lr"] = config["lr"] * min((step + 1) / 50, cosine)
         index = torch.multinomial(odds, max(1, config["batch"] // world), replacement=True)
         top, left = torch.randint(2 * margin + 1, (2,)).tolist()
@@ -319,8 +291,10 @@ def evaluate(judge, train, test, sets: list, out="table1.csv", attribute="race",
     agreement, parts = [], {}
     for label, files in results.items():
         code, scores, features = map(np.concatenate, zip(*files, strict=True))
-        parts[label] = [features[code == g] for g in range(len(names))]
-        means = [np.mean(scores[code == g]) if g in code else np.nan for g in range(len(names))]
+        parts[label], means = [], []
+        for g in range(len(names)):
+            parts[label].append(features[code == g])
+            means.append(scores[code == g].mean() if g in code else np.nan)
         agreement.append([label, *map("{:.4f}".format, means)])
     _, training = predict_features(judge, train["image"], device)
     distances = table_1(parts, training, n)

@@ -15,8 +15,8 @@ lanes=$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN) methods="plain twice ov
 # points, base, control, seg: training steps; masks, images: sampling steps; lanes: jobs side by side; models: all, or of each group
 case $SCALE in
   smoke) size=32 train=96 test=60 rare="" batch=8 points=60 base=10 control=10 seg=10 masks="8 --keep-invalid" images=4 ;;
-  cpu) size=64 train=1000 test=2000 rare=30 batch=8 points=2800 base=200 control=2200 seg=1120 masks=32 images=8 ;;
-  gpu) size=128 train=8000 test=2000 rare="" batch=48 points=6000 base=2000 control=4000 seg=2000 masks=32 images=20 lanes=4 models="" methods=all ;;
+  cpu) size=64 train=1000 test=2000 rare=30 batch=8 points=1200 base=200 control=2200 seg=1120 masks=32 images=8 ;;
+  gpu) size=128 train=8000 test=2000 rare="" batch=48 points=3000 base=2000 control=4000 seg=2000 masks=32 images=20 lanes=4 models="" methods=all ;;
   paper) size=224 train=8000 test=2000 rare="" batch=48 points="2000000 --batch 48 --lr 1e-4 --points 512" base=50000 control=100000 seg=50000 masks="32 --points 512" images=20 lanes=1 models="" methods=all network="--base --optimizer sgd" ;;
   *) die "SCALE=$SCALE: expected smoke, cpu, gpu or paper" ;;
 esac

@@ -35,7 +35,7 @@ def test_zero_convolutions_learn(lock):
     base, x, t, g, mask = trained_unet()
     net = ControlNet(base, lock)
     start = {name: p.detach().clone() for name, p in net.named_parameters()}
-    optimizer = controlnet.Muon([p for p in net.parameters() if p.requires_grad], {"lr": 0.01})
+    optimizer = controlnet.Muon([p for p in net.parameters() if p.requires_grad], 0.01)
     moved = []
     for _ in range(4):
         optimizer.zero_grad()
@@ -45,13 +45,6 @@ def test_zero_convolutions_learn(lock):
     decoder = set() if lock else {"decoder"}
     assert moved[0] == {"z2"} | decoder and moved[3] == {"z2", "z1", "hint", "copy"} | decoder
     assert not torch.allclose(net(x, t, g, mask), net(x, t, g, (mask + 1) % 3))
-
-def test_steps_of_muon_are_orthogonal():
-    """All directions of a matrix move about equally far, however unequal its gradient is."""
-    p = torch.nn.Parameter(torch.zeros(40, 16))
-    p.grad = torch.randn(40, 16) * torch.logspace(0, 1, 16)
-    controlnet.Muon([p], {"lr": 1.0}).step()
-    assert torch.linalg.cond(p) < 2 and (p * p.grad).sum() < 0
 
 def test_training_shifts_image_and_mask_alike(here, monkeypatch):
     """Where an image is bright its mask is 1, and that is at one place in one step and at another in the next."""

@@ -99,6 +99,13 @@ def test_a_perfect_network_samples_the_data(predict, schedule):
         x = ddpm.sample(perfect_net(ddpm, 1.0, 0.25), (20000, 1), steps=steps, eta=eta, generator=generator)
         assert x.mean().item() == pytest.approx(1, abs=0.02) and x.std().item() == pytest.approx(0.5, abs=error)
 
+def test_steps_of_muon_are_orthogonal():
+    """All directions of a matrix move about equally far, however unequal its gradient is."""
+    p = torch.nn.Parameter(torch.zeros(40, 16))
+    p.grad = torch.randn(40, 16) * torch.logspace(0, 1, 16)
+    pointdiff.Muon([p], 1.0).step()
+    assert torch.linalg.cond(p) < 2 and (p * p.grad).sum() < 0
+
 def test_sample_writes_a_set_of_masks(here, refused):
     """n masks of every group, or of one, with its name; clouds of a model that knows nothing are refused."""
     argv = ["train", "set.npz", "--width", 8, "--points", 64, "--batch", 4, "--steps", 2]

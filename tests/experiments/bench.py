@@ -58,14 +58,14 @@ def bench(compiled=False):
     ddpm, x = pointdiff.DDPM(), torch.randn(16, 192, 3, device=device)
     group, t = torch.zeros(48, dtype=torch.long, device=device), 20 * torch.arange(48, device=device)
     training("PointNet, step of 16 x 192 points", 16, pointdiff.PointNet(3),
-             lambda net: ddpm.loss(net, x, t[:16], group[:16], net.encode(x)[0]))
+             lambda net: ddpm.loss(net, x, t[:16], group[:16], net.encode(x)[0]), lambda p: pointdiff.Muon(p, 1e-3))
     net = pointdiff.PointNet(3).to(device)
     row("PointNet, sampling 16 clouds, 32 steps", 16, lambda: fairdiff.autocast(device)(ddpm.sample)(
         net, (16, 256, 3), group[:16], steps=32, eta=1.0, generator=torch.Generator(device)))
     image = torch.randn(batch, 1, size, size, device=device)
     mask = torch.as_tensor(masks, device=device).long()
     training(f"ControlNet, step of {batch}, {size} px", batch, controlnet.ControlNet(controlnet.UNet(3)),
-             lambda net: ddpm.loss(net, image, t[:batch], group[:batch], mask), lambda p: controlnet.Muon(p, {"lr": 1e-3}))
+             lambda net: ddpm.loss(net, image, t[:batch], group[:batch], mask), lambda p: pointdiff.Muon(p, 1e-3))
     net = controlnet.ControlNet(controlnet.UNet(3)).to(device)
     row(f"ControlNet, sampling {batch}, 8 steps", batch, lambda: controlnet.sample_images(
         net, {"mean": 100.0, "std": 40.0}, np.zeros(batch, int), masks, device))
