@@ -133,7 +133,7 @@ class PointBlock(nn.Module):
         nn.init.zeros_(self.fc2.bias)
 
     def forward(self, h, condition):
-        pooled = torch.cat([h.max(1).values, h.mean(1)], 1)                   # (B, 2C)
+        pooled = torch.cat([h.max(1).values, h.mean(1)], 1)             # (B, 2C)
         condition = F.silu(condition + self.pool(pooled))               # (B, C)
         scale, shift = self.modulation(condition)[:, None].chunk(2, 2)  # (B, 1, C)
         y = self.fc1(h) * (1 + scale) + shift                           # (B, N, C)
@@ -169,7 +169,7 @@ class PointNet(nn.Module):
     def encode(self, x):
         """Variational encoder q(z | x) of clean clouds x (B, N, 3): mean and variance (B, D)."""
         h = F.silu(self.encoder(x))                                     # (B, N, C)
-        h = self.to_latent(torch.cat([h.max(1).values, h.mean(1)], 1))        # (B, 2D)
+        h = self.to_latent(torch.cat([h.max(1).values, h.mean(1)], 1))  # (B, 2D)
         mean, log_variance = h.float().chunk(2, 1)
         return mean, log_variance.clamp(-10, 2).exp()
 
@@ -187,7 +187,7 @@ class PointNet(nn.Module):
         self.prior_root[:] = torch.linalg.cholesky(covariance)
 
     def sample_prior(self, group, generator):
-        """Latents z (B, D) of groups (B,)."""
+        """Latents z (B, D) from p(z | group), of groups (B,)."""
         mean = self.prior_mean[group]
         z = torch.randn(mean.shape, generator=generator, device=mean.device)
         return mean + z @ self.prior_root.T
